@@ -1,0 +1,1 @@
+"""Trace-driven benchmarking of LLM serving: replay, simulate, report."""

@@ -1,0 +1,1 @@
+"""The open-loop replay of a trace against an OpenAI-compatible endpoint."""

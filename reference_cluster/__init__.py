@@ -1,0 +1,1 @@
+"""The system under test: a disaggregated serving cluster modelled on Mooncake."""

@@ -1,0 +1,1 @@
+"""What computes tokens, or models the time it takes."""

@@ -1,0 +1,1 @@
+"""The KVCache pool: which blocks are where, and which may be evicted."""

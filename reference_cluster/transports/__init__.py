@@ -1,0 +1,1 @@
+"""What moves KVCache blocks, or models the time it takes."""
