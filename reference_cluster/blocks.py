@@ -1,0 +1,28 @@
+"""Which blocks is a prompt made of? Prefix-chained hashes: equal keys mean equal whole prefixes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+
+def prefix_hashes(token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
+    """64-bit keys, one a block of `block_tokens`, the last possibly partial.
+
+    Each key hashes its own tokens *and* the previous key (Mooncake, Algorithm 1, PrefixHash). A
+    partial last block has a key of its own length, as in the Mooncake traces.
+    """
+    data = memoryview(array("I", token_ids)).cast("B")
+    stride = 4 * block_tokens
+    key = b""
+    keys = []
+    for start in range(0, len(data), stride):
+        key = blake2b(data[start : start + stride], key=key, digest_size=8).digest()
+        keys.append(int.from_bytes(key, "little"))
+    return tuple(keys)
+
+
+def reusable_tokens(matched_blocks: int, input_tokens: int, block_tokens: int) -> int:
+    """Tokens that need no computing; the last prompt token is always computed, to get an answer."""
+    return min(matched_blocks * block_tokens, input_tokens - 1)

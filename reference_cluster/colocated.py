@@ -1,0 +1,238 @@
+"""What does a colocated instance do? It prefills and decodes in turns, like vLLM on one node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reference_cluster.blocks import reusable_tokens
+from reference_cluster.config import ColocatedConfig
+from reference_cluster.cost_model import CostModel
+from reference_cluster.engines.base import Engine
+from reference_cluster.kvpool.pool import BlockPool
+from reference_cluster.policies.batching import Chunk, DecodeBatch, fill_step
+from reference_cluster.policies.view import DecodeView, PrefillView
+from reference_cluster.request import Request
+
+
+@dataclass(slots=True)
+class Memory:
+    """Device memory of one request, in blocks: nameless ones, and the first of its prompt's."""
+
+    reserved: int
+    pinned: int
+
+
+class ColocatedInstance:
+    """A model replica that does both. Device memory holds running requests and, if prefix caching
+    is on, the blocks of earlier ones for as long as there is room.
+
+    *prefill-first*: a waiting prompt stops all decoding until it is prefilled (vLLM v0.5.1).
+    *chunked*: every step decodes the whole batch and fills the rest of its token budget with prompt.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        cost: CostModel,
+        engine: Engine,
+        pool: BlockPool,
+        block_tokens: int,
+        config: ColocatedConfig,
+        on_end: Callable[[Request], None],
+    ) -> None:
+        self.id = id
+        self.name = f"colocated-{id}"
+        self.cost = cost
+        self.engine = engine
+        self.pool = pool
+        self.block_tokens = block_tokens
+        self.config = config
+        self.on_end = on_end
+        self.loop = asyncio.get_running_loop()
+        self.batch = DecodeBatch()
+        self.waiting: deque[Request] = deque()
+        self.started: deque[Request] = deque()  # In device memory, prompt not yet done.
+        self.memory: dict[int, Memory] = {}
+        self.backlog_s = 0.0  # Predicted prefill time of what waits.
+        self.running_end_s = 0.0  # Predicted end of the prefill under way.
+        self.changed = asyncio.Event()
+
+    def blocks_needed(self, request: Request) -> int:
+        return -(-request.kv_tokens // self.block_tokens)
+
+    def queue_s(self, now_s: float) -> float:
+        return self.backlog_s + max(0.0, self.running_end_s - now_s)
+
+    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
+        reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
+        coming = sum(one.input_tokens for one in self.waiting)
+        coming += sum(one.input_tokens for one in self.started)
+        context_tokens = self.batch.context_tokens_at(now_s, self.cost) + coming
+        return PrefillView(self.id, self.queue_s(now_s), reused, context_tokens)
+
+    def decode_view(self, now_s: float) -> DecodeView:
+        coming = [*self.waiting, *self.started]
+        waiting_blocks = sum(self.blocks_needed(request) for request in self.waiting)
+        free_blocks = self.pool.capacity - self.pool.reserved - waiting_blocks
+        return DecodeView(
+            self.id,
+            self.batch.size,
+            self.batch.context_tokens_at(now_s, self.cost),
+            len(coming),
+            sum(request.input_tokens for request in coming),
+            free_blocks * self.block_tokens,
+        )
+
+    def accept(self, request: Request, reused_tokens: int) -> None:
+        self.waiting.append(request)
+        request.timeline.fetched_s = request.timeline.placed_s
+        self.backlog_s += self.cost.prefill_s(request.input_tokens, reused_tokens)
+        self.changed.set()
+
+    async def run(self) -> None:
+        """Prefill and decode for ever."""
+        free_s = self.loop.time()
+        while True:
+            self.remove_cancelled()
+            self.start_waiting(free_s)
+            self.changed.clear()
+            if self.started and self.config.batching == "chunked":
+                free_s = await self.mixed_step(free_s)
+            elif self.started:
+                free_s = await self.prefill(free_s)
+            elif self.batch.size:
+                free_s = await self.decode(free_s)
+            else:
+                self.backlog_s = 0.0  # No rounding residue.
+                await self.changed.wait()
+                free_s = self.loop.time()
+
+    def start_waiting(self, start_s: float) -> None:
+        """Give device memory to waiting requests, in order, while there is room for all they need."""
+        while self.waiting and self.batch.size + len(self.started) < self.config.batch_max:
+            if self.config.batching == "prefill-first" and self.started:
+                return
+            request = self.waiting[0]
+            needed = self.blocks_needed(request)
+            if request.is_cancelled:
+                self.waiting.popleft()
+                continue
+            held = self.reuse(request)
+            if not self.pool.can_make_room(needed - held):
+                self.pool.unpin(request.blocks[:held])
+                return
+            self.waiting.popleft()
+            self.pool.reserve(needed - held)
+            self.memory[request.id] = Memory(needed - held, held)
+            predicted_s = self.cost.prefill_s(request.input_tokens, request.reused_tokens)
+            self.backlog_s = max(0.0, self.backlog_s - predicted_s)
+            self.running_end_s = max(start_s, self.running_end_s) + predicted_s
+            request.timeline.prefill_start_s = max(start_s, request.timeline.fetched_s or start_s)
+            self.started.append(request)
+
+    def reuse(self, request: Request) -> int:
+        """Pin the cached prefix; returns its blocks."""
+        if not self.config.prefix_caching:
+            return 0
+        held = self.pool.match(request.blocks)
+        self.pool.pin(request.blocks[:held])
+        reused = reusable_tokens(held, request.input_tokens, self.block_tokens)
+        request.reused_tokens = request.prefilled_tokens = reused
+        return held
+
+    async def prefill(self, start_s: float) -> float:
+        """One whole prompt, while the batch waits."""
+        request = self.started[0]
+        chunk = Chunk(request, request.prefilled_tokens, request.input_tokens, is_first=True)
+        end_s = await self.engine.prefill(start_s, chunk)
+        request.prefill_busy_s += end_s - start_s
+        self.prefilled([chunk], end_s)
+        return end_s
+
+    async def decode(self, start_s: float) -> float:
+        self.batch.span_start_s = start_s
+        span = await self.engine.decode(start_s, self.batch, self.changed)
+        for request in self.batch.apply(span):
+            self.finish(request, span.end_s)
+        return span.end_s
+
+    async def mixed_step(self, start_s: float) -> float:
+        """One step: the whole batch decodes, and prompts fill what is left of the token budget."""
+        budget_tokens = self.config.step_tokens_max - self.batch.size
+        filled = fill_step(iter(self.started), budget_tokens)
+        span = await self.engine.mixed(start_s, self.batch, filled)
+        computed = sum(chunk.end - chunk.start for chunk in filled)
+        for chunk in filled:
+            share = (chunk.end - chunk.start) / computed
+            chunk.request.prefill_busy_s += (span.end_s - start_s) * share
+        if self.batch.size:
+            for request in self.batch.apply(span):
+                self.finish(request, span.end_s)
+        self.prefilled(filled, span.end_s)
+        return span.end_s
+
+    def prefilled(self, filled: list[Chunk], end_s: float) -> None:
+        """Account for computed chunks; prompts that are complete give their first token and join."""
+        for chunk in filled:
+            request = chunk.request
+            request.prefilled_tokens = chunk.end
+            if chunk.end < request.input_tokens or request.is_cancelled:
+                continue
+            self.started.remove(request)
+            self.keep_for_others(request)
+            stamps = request.timeline
+            stamps.prefill_end_s = stamps.transferred_s = stamps.first_token_s = end_s
+            request.produced_tokens = 1
+            if request.sink is not None:
+                request.sink.tokens(1)
+            if request.output_tokens == 1:
+                self.finish(request, end_s)
+            else:
+                self.batch.join(request, end_s)
+
+    def finish(self, request: Request, end_s: float) -> None:
+        self.leave(request)
+        request.status = "finished"
+        request.timeline.finished_s = end_s
+        self.on_end(request)
+
+    def keep_for_others(self, request: Request) -> None:
+        """With prefix caching a computed prompt can be reused at once: name its blocks."""
+        if self.config.prefix_caching:
+            memory = self.memory[request.id]
+            fresh = request.blocks[memory.pinned :]
+            self.pool.release(len(fresh))
+            stored = self.pool.store_pinned(fresh)
+            assert stored == len(fresh), "the room was just released"
+            memory.reserved -= stored
+            memory.pinned += stored
+
+    def leave(self, request: Request) -> None:
+        """Give its device memory back; named blocks stay for others while there is room."""
+        memory = self.memory.pop(request.id)
+        self.pool.release(memory.reserved)
+        self.pool.unpin(request.blocks[: memory.pinned])
+
+    def remove_cancelled(self) -> None:
+        gone = [one.request for one in self.batch.members.values() if one.request.is_cancelled]
+        for request in gone:
+            self.batch.remove(request)
+        for request in [one for one in self.started if one.is_cancelled]:
+            self.started.remove(request)
+            gone.append(request)
+        for request in gone:
+            self.leave(request)
+
+    def cancel(self, request: Request) -> None:
+        """The client has gone: leave at the next step boundary (`is_cancelled` is set)."""
+        self.changed.set()
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
+        inside = len(self.batch.members) + len(self.started)
+        assert inside == len(self.memory), f"{self.name} {inside} != {len(self.memory)}"
+        reserved = sum(memory.reserved for memory in self.memory.values())
+        assert self.pool.reserved == reserved, f"{self.name} {self.pool.reserved} != {reserved}"

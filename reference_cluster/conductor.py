@@ -1,0 +1,87 @@
+"""Where does a request go, and is it let in? The only caller of scheduling and admission."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from reference_cluster.blocks import reusable_tokens
+from reference_cluster.cost_model import CostModel
+from reference_cluster.kvpool.index import PrefixIndex
+from reference_cluster.policies.admission import Admission, Rejected
+from reference_cluster.policies.scheduling import Placement, Scheduling
+from reference_cluster.policies.view import ClusterView, DecodeView, Holder, PrefillView
+from reference_cluster.request import Request
+from reference_cluster.transports.base import Transport
+
+
+class Prefilling(Protocol):
+    """What the Conductor asks of an instance that can prefill."""
+
+    id: int
+
+    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView: ...
+
+
+class Decoding(Protocol):
+    """What the Conductor asks of an instance that can decode."""
+
+    def decode_view(self, now_s: float) -> DecodeView: ...
+
+
+class Conductor:
+    """Looks at all instances, lets the policies decide, and writes down what they predicted."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        scheduling: Scheduling,
+        admission: Admission,
+        prefill: Sequence[Prefilling],
+        decode: Sequence[Decoding],
+        index: PrefixIndex,
+        transport: Transport | None,
+        block_tokens: int,
+        capacity_tokens: int,
+    ) -> None:
+        self.cost = cost
+        self.scheduling = scheduling
+        self.admission = admission
+        self.prefill = prefill
+        self.decode = decode
+        self.index = index
+        self.transport = transport
+        self.block_tokens = block_tokens
+        self.capacity_tokens = capacity_tokens
+
+    def decide(self, request: Request, now_s: float) -> Placement | Rejected:
+        """Place the request, unless it cannot or should not be served."""
+        if request.kv_tokens > self.capacity_tokens:
+            return Rejected("too-large", 0.0)
+        view = self.view(request, now_s)
+        placement = self.scheduling.place(request, view)
+        request.predicted_ttft_s, request.predicted_tbt_s = placement.ttft_s, placement.tbt_s
+        rejected = self.admission.admit(request, placement, view)
+        return rejected or placement
+
+    def view(self, request: Request, now_s: float) -> ClusterView:
+        """Everything a policy may see, at `now_s`."""
+        held = self.index.match(request.blocks)
+        prefill = [one.view(request, held[one.id], now_s) for one in self.prefill]
+        decode = [one.decode_view(now_s) for one in self.decode]
+        holder = self.best_holder(request, held)
+        return ClusterView(now_s, prefill, decode, holder, self.transport is None)
+
+    def best_holder(self, request: Request, held: list[int]) -> Holder | None:
+        """FindBestPrefixMatch; of equals, whoever can send fastest. None if nobody could gain."""
+        best = max(held)
+        if self.transport is None or best == min(held):
+            return None
+        speeds = [
+            (self.transport.available_bytes_per_s(id), -id)
+            for id, blocks in enumerate(held)
+            if blocks == best
+        ]
+        bytes_per_s, negative_id = max(speeds)
+        tokens = reusable_tokens(best, request.input_tokens, self.block_tokens)
+        return Holder(-negative_id, best, tokens, bytes_per_s)

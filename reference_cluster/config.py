@@ -1,0 +1,157 @@
+"""What is a cluster made of? Frozen classes read from one TOML file; an unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from reference_cluster.errors import ConfigError
+
+Scheduling = Literal["random", "least-loaded", "local-cache-aware", "kvcache-centric"]
+Admission = Literal["accept-all", "early-rejection"]
+Batching = Literal["prefill-first", "chunked"]
+System = Literal["disaggregated", "colocated"]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class Slo(_Section):
+    """What the Conductor promises: time to first token, and time between tokens of a decode."""
+
+    ttft_s: float = 30.0
+    tbt_s: float = 0.1
+
+
+class ConductorConfig(_Section):
+    """Where requests go, and which are refused."""
+
+    scheduling: Scheduling = "kvcache-centric"
+    admission: Admission = "accept-all"
+    # Fetch a prefix when the best holder's is more than this many times the instance's own.
+    balancing_threshold: float = 1.3
+
+
+class PrefillConfig(_Section):
+    """Prefill instances."""
+
+    chunk_tokens: int = 8192  # Uncached tokens computed in one go; a cancel acts between chunks.
+    layerwise: bool = True  # Stream KV to the decode instance during the prefill, not after it.
+    dram_tokens: int | None = None  # KV pool a node; None: the profile's.
+
+
+class DecodeConfig(_Section):
+    """Decode instances."""
+
+    batch_max: int = 256
+    device_tokens: int | None = None  # KV in device memory; None: the profile's.
+
+
+class ColocatedConfig(_Section):
+    """Instances that prefill and decode, like vLLM."""
+
+    batching: Batching = "prefill-first"
+    prefix_caching: bool = False
+    step_tokens_max: int = 2048  # Budget of a step with chunked batching.
+    batch_max: int = 256
+    device_tokens: int | None = None
+
+
+class NetworkConfig(_Section):
+    """Links between nodes; every node has one of each direction, shared by its transfers."""
+
+    link_bytes_per_s: float | None = None  # None: the profile's.
+
+
+class ClusterConfig(_Section):
+    """A whole cluster. Counts are instances, each a node of the profile's GPUs."""
+
+    system: System = "disaggregated"
+    prefill_instances: int = 8
+    decode_instances: int = 8
+    colocated_instances: int = 16
+    profile: str = "a800-llama3-70b"
+    block_tokens: int = 512
+    seed: int = 0
+    sample_every_s: float = 5.0
+    slo: Slo = Slo()
+    conductor: ConductorConfig = ConductorConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    colocated: ColocatedConfig = ColocatedConfig()
+    network: NetworkConfig = NetworkConfig()
+
+    def __post_init__(self) -> None:
+        counts = {
+            "prefill_instances": self.prefill_instances,
+            "decode_instances": self.decode_instances,
+            "colocated_instances": self.colocated_instances,
+            "block_tokens": self.block_tokens,
+            "prefill.chunk_tokens": self.prefill.chunk_tokens,
+            "decode.batch_max": self.decode.batch_max,
+            "colocated.step_tokens_max": self.colocated.step_tokens_max,
+            "colocated.batch_max": self.colocated.batch_max,
+            "sample_every_s": self.sample_every_s,
+            "slo.ttft_s": self.slo.ttft_s,
+            "slo.tbt_s": self.slo.tbt_s,
+        }
+        for name, count in counts.items():
+            if not count > 0:
+                raise ValueError(f"{name} is {count}; it must be positive")
+        if self.colocated.step_tokens_max <= self.colocated.batch_max:
+            raise ValueError("colocated.step_tokens_max must exceed colocated.batch_max")
+
+    @property
+    def title(self) -> str:
+        """As people say it: 8P+8D, or 16 colocated."""
+        if self.system == "colocated":
+            return f"{self.colocated_instances} colocated"
+        return f"{self.prefill_instances}P+{self.decode_instances}D"
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfig:
+    """The file's settings (or the defaults) with overrides on top; raises ConfigError.
+
+    Overrides are dotted keys, as {"conductor.scheduling": "random"}; None means not given.
+    """
+    place = str(path) if path else "command line"
+    fields: dict[str, Any] = {}
+    if path is not None:
+        try:
+            fields = msgspec.toml.decode(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; give an existing file") from None
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML ({error}); mend the file") from None
+    for dotted, value in overrides.items():
+        if value is not None:
+            *sections, key = dotted.split(".")
+            section = fields
+            for name in sections:
+                section = section.setdefault(name, {})
+            section[key] = value
+    try:
+        return msgspec.convert(fields, ClusterConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{place}: {explain(str(error))}") from None
+
+
+def explain(message: str) -> str:
+    """msgspec's message with the names that may have been meant."""
+    found = re.search(r"unknown field `(.+?)`(?: - at `\$\.?(.*?)`)?$", message)
+    if not found:
+        return f"{message}; mend the value"
+    key, section = found.group(1), found.group(2) or ""
+    owner: type[msgspec.Struct] = ClusterConfig
+    if section:
+        owner = type(getattr(ClusterConfig(), section))
+    names = [field.name for field in msgspec.structs.fields(owner)]
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.4) or names
+    where = f"[{section}] " if section else ""
+    return f"unknown key {where}{key!r}; did you mean {', '.join(near)}?"

@@ -1,0 +1,134 @@
+"""How long does it take? Closed forms for prefill, decode and transfer; coefficients are profiles.
+
+Pure arithmetic in seconds, tokens and bytes. Prefill is quadratic in the prompt, a decode step
+linear in batch and context (FACTS of the papers' latency figures; source and error stand in each
+profile of `profiles/*.toml`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib import resources
+
+import msgspec
+
+from reference_cluster.errors import ConfigError
+
+
+class PrefillCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """base + token (n-p) + token2 (n^2-p^2) + reused p seconds for n prompt, p reused tokens."""
+
+    base_s: float
+    token_s: float
+    token2_s: float
+    reused_token_s: float = 0.0  # Loading a reused token's KV from host memory, what is not hidden.
+
+
+class DecodeCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """base + sequence B + context C seconds a step for B sequences with C tokens of context."""
+
+    base_s: float
+    sequence_s: float
+    context_token_s: float
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One model on one node: its speeds and sizes, where they come from and how wrong they are."""
+
+    name: str
+    model: str
+    node: str
+    source: str
+    error: str
+    prefill: PrefillCost
+    decode: DecodeCost
+    layers: int
+    kv_bytes_per_token: int
+    device_kv_tokens: int  # KV that fits beside the weights in the node's device memory.
+    dram_kv_tokens: int  # KV that a node gives to the pool.
+    link_bytes_per_s: float  # Of a node's NICs, each direction.
+    chunk_factor: float = 1.0  # Dearer computing of a prefill chunk that shares a step with decodes.
+
+
+class CostModel:
+    """The arithmetic of one profile. All times in seconds.
+
+    With `is_reuse_on_device` a reused prefix lies in device memory already and costs no load.
+    """
+
+    def __init__(self, profile: Profile, is_reuse_on_device: bool = False) -> None:
+        self.profile = profile
+        prefill, decode = profile.prefill, profile.decode
+        self.base_s, self.token_s, self.token2_s = prefill.base_s, prefill.token_s, prefill.token2_s
+        self.reused_token_s = 0.0 if is_reuse_on_device else prefill.reused_token_s
+        self.step_base_s, self.sequence_s = decode.base_s, decode.sequence_s
+        self.context_token_s = decode.context_token_s
+
+    def prefill_s(self, input_tokens: int, reused_tokens: int = 0) -> float:
+        """A whole prefill of which `reused_tokens` need no computing."""
+        n, p = input_tokens, reused_tokens
+        return self.base_s + self.compute_s(p, n) + self.reused_token_s * p
+
+    def compute_s(self, start: int, end: int) -> float:
+        """Computing the prompt tokens [start, end), attending to all before them."""
+        return self.token_s * (end - start) + self.token2_s * (end * end - start * start)
+
+    def step_s(self, batch: int, context_tokens: int) -> float:
+        """One decode step of `batch` sequences that hold `context_tokens` together."""
+        return self.step_base_s + self.sequence_s * batch + self.context_token_s * context_tokens
+
+    def mixed_step_s(self, batch: int, context_tokens: int, chunk_s: float) -> float:
+        """A decode step that also carries prefill chunks of `chunk_s` seconds' computing."""
+        return self.step_s(batch, context_tokens) + self.profile.chunk_factor * chunk_s
+
+    def growth_s(self, batch: int) -> float:
+        """How much longer each step of a batch is than the one before: one token a sequence."""
+        return self.context_token_s * batch
+
+    def span_s(self, batch: int, context_tokens: int, steps: int) -> float:
+        """`steps` steps in a row with unchanged members."""
+        first = steps * self.step_s(batch, context_tokens)
+        return first + self.growth_s(batch) * steps * (steps - 1) / 2
+
+    def steps_within(self, batch: int, context_tokens: int, elapsed_s: float) -> float:
+        """Steps (with a fraction) done `elapsed_s` after the start: the inverse of span_s."""
+        a = self.growth_s(batch) / 2
+        b = self.step_s(batch, context_tokens) - a
+        if a == 0:
+            return elapsed_s / b
+        # The root in the form that does not cancel for small a.
+        return 2 * elapsed_s / (b + math.sqrt(b * b + 4 * a * elapsed_s))
+
+    def whole_steps_within(self, batch: int, context_tokens: int, elapsed_s: float) -> int:
+        """Steps that have ended by now; one that ends at this very instant (1e-6 of it) has."""
+        return math.floor(self.steps_within(batch, context_tokens, elapsed_s) + 1e-6)
+
+    def kv_bytes(self, tokens: int) -> int:
+        return tokens * self.profile.kv_bytes_per_token
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with the package."""
+    directory = resources.files("reference_cluster") / "profiles"
+    return sorted(file.name[:-5] for file in directory.iterdir() if file.name.endswith(".toml"))
+
+
+def load_profile(name: str, overrides: Mapping[str, object] | None = None) -> Profile:
+    """A profile by name, or by a path to a TOML file; raises ConfigError."""
+    if name in profile_names():
+        text = (resources.files("reference_cluster") / "profiles" / f"{name}.toml").read_text()
+    elif name.endswith(".toml"):
+        try:
+            with open(name, encoding="utf-8") as file:
+                text = file.read()
+        except OSError as error:
+            raise ConfigError(f"profile {name}: {error.strerror}; give an existing file") from None
+    else:
+        known = ", ".join(profile_names())
+        raise ConfigError(f"profile {name!r} does not exist; use one of {known}, or a .toml file")
+    try:
+        fields = {**msgspec.toml.decode(text), **(overrides or {})}
+        return msgspec.convert(fields, Profile)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"profile {name}: {error}; mend the file") from None

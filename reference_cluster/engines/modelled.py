@@ -1,0 +1,75 @@
+"""When would an engine be done? It sleeps for as long as the cost model says, on either clock."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+
+from reference_cluster.cost_model import CostModel
+from reference_cluster.policies.batching import Chunk, DecodeBatch
+from reference_cluster.spans import Span
+
+
+class ModelledEngine:
+    """An engine without a GPU. `steps_max=1` gives the tokens of each step as they come (live)."""
+
+    def __init__(self, cost: CostModel, steps_max: int | None = None) -> None:
+        self.cost = cost
+        self.steps_max = steps_max
+        self.loop = asyncio.get_running_loop()
+        self.lag_s_max = 0.0  # How late the loop woke us at worst: 0 in virtual time.
+
+    async def prefill(self, start_s: float, chunk: Chunk) -> float:
+        end_s = start_s + self.chunk_s(chunk)
+        await self.sleep_until(end_s)
+        return end_s
+
+    def chunk_s(self, chunk: Chunk) -> float:
+        """The chunks of a prompt add up to `CostModel.prefill_s`."""
+        seconds = self.cost.compute_s(chunk.start, chunk.end)
+        if chunk.is_first:
+            seconds += self.cost.base_s + self.cost.reused_token_s * chunk.request.reused_tokens
+        return seconds
+
+    async def decode(self, start_s: float, batch: DecodeBatch, until: asyncio.Event) -> Span:
+        size, context_tokens = batch.size, batch.context_tokens
+        steps = batch.steps_until_leave
+        if self.steps_max is not None:
+            steps = min(steps, self.steps_max)
+        end_s = start_s + self.cost.span_s(size, context_tokens, steps)
+        if steps == 1:
+            await self.sleep_until(end_s)
+        else:
+            timer = self.loop.call_at(end_s, until.set)
+            await until.wait()
+            timer.cancel()
+            elapsed_s = self.loop.time() - start_s
+            # A change ends the span at the next step boundary.
+            done = math.ceil(self.cost.steps_within(size, context_tokens, elapsed_s) - 1e-9)
+            if done < steps:
+                steps = max(1, done)
+                end_s = start_s + self.cost.span_s(size, context_tokens, steps)
+            if self.loop.time() < end_s:
+                await self.sleep_until(end_s)
+        first_gap_s = self.cost.step_s(size, context_tokens)
+        return Span(start_s, steps, first_gap_s, self.cost.growth_s(size), end_s)
+
+    async def mixed(self, start_s: float, batch: DecodeBatch, chunks: Sequence[Chunk]) -> Span:
+        compute_s = sum(self.cost.compute_s(chunk.start, chunk.end) for chunk in chunks)
+        step_s = self.cost.mixed_step_s(batch.size, batch.context_tokens, compute_s)
+        end_s = start_s + step_s
+        await self.sleep_until(end_s)
+        return Span(start_s, 1, step_s, 0.0, end_s)
+
+    async def sleep_until(self, end_s: float) -> None:
+        """Sleep to a point of the loop's clock, at least for one turn of the loop."""
+        woken = self.loop.create_future()
+        self.loop.call_at(end_s, wake, woken)
+        await woken
+        self.lag_s_max = max(self.lag_s_max, self.loop.time() - end_s)
+
+
+def wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)

@@ -1,0 +1,50 @@
+"""Which instances hold how much of a prefix? One walk down the chain answers for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reference_cluster.request import Block
+
+
+class PrefixIndex:
+    """Block -> the instances that hold it, as the bits of an integer. Instances have ids 0..n-1."""
+
+    def __init__(self, instances: int) -> None:
+        self.instances = instances
+        self.holders: dict[Block, int] = {}
+
+    def stored(self, instance: int, block: Block) -> None:
+        self.holders[block] = self.holders.get(block, 0) | (1 << instance)
+
+    def evicted(self, instance: int, block: Block) -> None:
+        left = self.holders[block] & ~(1 << instance)
+        if left:
+            self.holders[block] = left
+        else:
+            del self.holders[block]
+
+    def match(self, blocks: Sequence[Block]) -> list[int]:
+        """For each instance, how many leading blocks of the chain it holds."""
+        depths = [0] * self.instances
+        alive = (1 << self.instances) - 1
+        depth = 0
+        for block in blocks:
+            holders = self.holders.get(block, 0)
+            lost = alive & ~holders
+            if lost:
+                mark(depths, lost, depth)
+                alive &= holders
+                if not alive:
+                    return depths
+            depth += 1
+        mark(depths, alive, depth)
+        return depths
+
+
+def mark(depths: list[int], instances: int, depth: int) -> None:
+    """Write `depth` for every instance whose bit is set."""
+    while instances:
+        lowest = instances & -instances
+        depths[lowest.bit_length() - 1] = depth
+        instances ^= lowest

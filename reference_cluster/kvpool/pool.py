@@ -1,0 +1,134 @@
+"""Which blocks does one instance hold, and which goes when room is needed? LRU with pins."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from reference_cluster.request import Block
+
+OnChange = Callable[[Block], None]
+
+
+def ignore(block: Block) -> None:
+    """Nobody follows this pool's contents."""
+
+
+class BlockPool:
+    """The blocks of one tier of one instance, at most `capacity` of them.
+
+    A block is *pinned* while a request counts on it (loading, being written, being sent) and then
+    never evicted; otherwise it waits in `idle`, least recently used first. Prefix chains are
+    released deepest block first, so that the ends of prefixes go before their beginnings.
+    """
+
+    def __init__(
+        self, capacity: int, on_stored: OnChange = ignore, on_evicted: OnChange = ignore
+    ) -> None:
+        self.capacity = capacity
+        self.on_stored = on_stored
+        self.on_evicted = on_evicted
+        self.pins: dict[Block, int] = {}
+        self.idle: OrderedDict[Block, None] = OrderedDict()
+        self.reserved = 0  # Blocks promised to something that has no keys, like running decodes.
+        self.evictions = 0
+
+    @property
+    def used(self) -> int:
+        return len(self.pins) + len(self.idle) + self.reserved
+
+    @property
+    def free(self) -> int:
+        return self.capacity - self.used
+
+    def __contains__(self, block: Block) -> bool:
+        return block in self.pins or block in self.idle
+
+    def match(self, blocks: Iterable[Block]) -> int:
+        """How many leading blocks are here."""
+        matched = 0
+        for block in blocks:
+            if block not in self.pins and block not in self.idle:
+                break
+            matched += 1
+        return matched
+
+    def pin(self, blocks: Iterable[Block]) -> None:
+        """Keep blocks that are here until `unpin`."""
+        pins, idle = self.pins, self.idle
+        for block in blocks:
+            held = pins.get(block, 0)
+            if not held:
+                del idle[block]
+            pins[block] = held + 1
+
+    def unpin(self, blocks: Sequence[Block]) -> None:
+        """Undo one `pin` of each; the first block becomes the most recently used."""
+        pins, idle = self.pins, self.idle
+        for block in reversed(blocks):
+            held = pins[block] - 1
+            if held:
+                pins[block] = held
+            else:
+                del pins[block]
+                idle[block] = None
+
+    def store_pinned(self, blocks: Sequence[Block]) -> int:
+        """Take blocks in, pinned, evicting idle ones as needed; returns how many leading ones fit.
+
+        A block that is here already is pinned once more.
+        """
+        pins, idle = self.pins, self.idle
+        free = self.free
+        for count, block in enumerate(blocks):
+            held = pins.get(block, 0)
+            if held:
+                pins[block] = held + 1
+                continue
+            if block in idle:
+                del idle[block]
+            else:
+                if free > 0:
+                    free -= 1
+                elif idle:
+                    self.evict(idle.popitem(last=False)[0])
+                else:
+                    return count
+                self.on_stored(block)
+            pins[block] = 1
+        return len(blocks)
+
+    def make_room(self, blocks: int) -> bool:
+        """Evict idle blocks until that many fit; False (and what could be evicted gone) if not."""
+        while self.free < blocks and self.idle:
+            self.evict(self.idle.popitem(last=False)[0])
+        return self.free >= blocks
+
+    def can_make_room(self, blocks: int) -> bool:
+        return self.free + len(self.idle) >= blocks
+
+    def reserve(self, blocks: int) -> None:
+        """Take room that has no keys; the caller has asked `can_make_room`."""
+        assert self.make_room(blocks), f"{blocks} blocks do not fit beside {self!r}"
+        self.reserved += blocks
+
+    def release(self, blocks: int) -> None:
+        self.reserved -= blocks
+
+    def evict(self, block: Block) -> None:
+        self.evictions += 1
+        self.on_evicted(block)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError with both sides where the books do not balance."""
+        assert 0 <= self.used <= self.capacity, f"{self!r} holds more than it can"
+        assert self.reserved >= 0, f"{self!r} has given back more than it reserved"
+        assert all(held > 0 for held in self.pins.values()), f"{self!r} has a pin of nobody"
+        both = self.pins.keys() & self.idle.keys()
+        assert not both, f"{self!r} has {len(both)} blocks both pinned and idle"
+
+    def __repr__(self) -> str:
+        return (
+            f"<BlockPool pinned={len(self.pins)} idle={len(self.idle)} "
+            f"reserved={self.reserved} capacity={self.capacity}>"
+        )

@@ -1,0 +1,188 @@
+"""What does a prefill instance do? It computes prompts one by one, reusing what its pool holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from reference_cluster.blocks import reusable_tokens
+from reference_cluster.cost_model import CostModel
+from reference_cluster.engines.base import Engine
+from reference_cluster.kvpool.pool import BlockPool
+from reference_cluster.messenger import Handover
+from reference_cluster.policies.batching import chunks
+from reference_cluster.policies.scheduling import Placement
+from reference_cluster.policies.view import PrefillView
+from reference_cluster.request import Block, Request
+
+
+@dataclass(slots=True)
+class Queued:
+    """A request that waits here. Its first `pinned` blocks are in the pool and will stay."""
+
+    request: Request
+    predicted_s: float
+    pinned: int
+    is_fetching: bool
+
+
+class PrefillInstance:
+    """A model replica that only prefills. One request at a time, first come first served."""
+
+    def __init__(
+        self,
+        id: int,
+        cost: CostModel,
+        engine: Engine,
+        pool: BlockPool,
+        block_tokens: int,
+        chunk_tokens: int,
+        hand_over: Callable[[Request, float], Handover | None],
+        on_prefilled: Callable[[Request, Handover | None], None],
+    ) -> None:
+        self.id = id
+        self.name = f"prefill-{id}"
+        self.cost = cost
+        self.engine = engine
+        self.pool = pool
+        self.block_tokens = block_tokens
+        self.chunk_tokens = chunk_tokens
+        self.hand_over = hand_over
+        self.on_prefilled = on_prefilled
+        self.loop = asyncio.get_running_loop()
+        self.queue: deque[Queued] = deque()
+        self.backlog_s = 0.0  # Predicted prefill time of all that waits.
+        self.running: Queued | None = None
+        self.running_end_s = 0.0  # Predicted.
+        self.promised: dict[Block, int] = {}  # Blocks that what waits or runs will have stored.
+        self.changed = asyncio.Event()
+
+    def queue_s(self, now_s: float) -> float:
+        """Predicted time until a request that comes now could start."""
+        if self.running is None:
+            return self.backlog_s
+        return self.backlog_s + max(0.0, self.running_end_s - now_s)
+
+    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
+        """For a request whose first `held_blocks` are here; those on their way count as well."""
+        blocks = request.blocks
+        while held_blocks < len(blocks) and blocks[held_blocks] in self.promised:
+            held_blocks += 1
+        reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
+        return PrefillView(self.id, self.queue_s(now_s), reused, 0)
+
+    def accept(self, request: Request, placement: Placement) -> Queued:
+        """Take a place in the queue and hold on to what the pool has of the prefix."""
+        held = self.pool.match(request.blocks)
+        self.pool.pin(request.blocks[:held])
+        for block in request.blocks[held:]:
+            self.promised[block] = self.promised.get(block, 0) + 1
+        predicted_s = self.cost.prefill_s(request.input_tokens, placement.reused_tokens)
+        queued = Queued(request, predicted_s, held, is_fetching=placement.fetch is not None)
+        self.queue.append(queued)
+        self.backlog_s += predicted_s
+        self.changed.set()
+        return queued
+
+    def fetched(self, queued: Queued, blocks: int) -> None:
+        """The prefix's first `blocks` have come from another instance: store and keep them."""
+        request = queued.request
+        self.store(queued, blocks)
+        request.timeline.fetched_s = self.loop.time()
+        queued.is_fetching = False
+        self.changed.set()
+
+    def store(self, queued: Queued, blocks: int) -> None:
+        """Extend what is stored and pinned of a request's chain to `blocks`, if the pool has room."""
+        wanted = queued.request.blocks[queued.pinned : blocks]
+        self.forget_promises(wanted)
+        stored = self.pool.store_pinned(wanted)
+        # What found no room is promised still, so that the books stay balanced until the end.
+        for block in wanted[stored:]:
+            self.promised[block] = self.promised.get(block, 0) + 1
+        queued.pinned += stored
+
+    def forget_promises(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            left = self.promised[block] - 1
+            if left:
+                self.promised[block] = left
+            else:
+                del self.promised[block]
+
+    async def run(self) -> None:
+        """Prefill for ever."""
+        free_s = self.loop.time()
+        while True:
+            queued = self.take_next()
+            if queued is None:
+                self.running = None
+                self.changed.clear()
+                await self.changed.wait()
+                free_s = self.loop.time()
+                continue
+            free_s = await self.prefill(queued, free_s)
+
+    def take_next(self) -> Queued | None:
+        """The first that waits for nothing: a fetch under way does not hold up the others."""
+        for position, queued in enumerate(self.queue):
+            if not queued.is_fetching or queued.request.is_cancelled:
+                del self.queue[position]
+                self.backlog_s -= queued.predicted_s
+                if not self.queue:
+                    self.backlog_s = 0.0  # No rounding residue.
+                return queued
+        return None
+
+    async def prefill(self, queued: Queued, start_s: float) -> float:
+        """Compute one prompt; returns when the engine was free again."""
+        request = queued.request
+        if request.is_cancelled:
+            self.let_go(queued)
+            return start_s
+        self.reuse(queued)
+        remaining_s = self.cost.prefill_s(request.input_tokens, request.reused_tokens)
+        self.running, self.running_end_s = queued, start_s + remaining_s
+        stamps = request.timeline
+        # A live loop wakes late: the engine was free, on paper, before the request was here.
+        stamps.prefill_start_s = max(start_s, stamps.fetched_s or start_s)
+        handover = self.hand_over(request, remaining_s)
+        end_s = start_s
+        for chunk in chunks(request, self.chunk_tokens):
+            end_s = await self.engine.prefill(end_s, chunk)
+            request.prefilled_tokens = chunk.end
+            if request.is_cancelled:
+                break
+        request.prefill_busy_s += end_s - start_s
+        self.running = None
+        if not request.is_cancelled:
+            stamps.prefill_end_s = end_s
+            self.store(queued, len(request.blocks))
+        self.let_go(queued)
+        self.on_prefilled(request, handover)
+        return end_s
+
+    def reuse(self, queued: Queued) -> None:
+        """Count on what the pool holds now: fetched, or stored by a request before this one."""
+        request = queued.request
+        held = self.pool.match(request.blocks)
+        if held > queued.pinned:
+            self.store(queued, held)
+        request.reused_tokens = reusable_tokens(
+            queued.pinned, request.input_tokens, self.block_tokens
+        )
+        request.prefilled_tokens = request.reused_tokens
+
+    def let_go(self, queued: Queued) -> None:
+        """Unpin the chain; it stays in the pool until room is needed."""
+        blocks = queued.request.blocks
+        self.pool.unpin(blocks[: queued.pinned])
+        self.forget_promises(blocks[queued.pinned :])
+
+    def check_integrity(self) -> None:
+        """Idle: nothing promised, nothing pinned, the pool's books balanced."""
+        self.pool.check_integrity()
+        assert self.queue or self.running or not self.promised, f"{self.name} promises blocks"
+        assert self.queue or self.running or not self.pool.pins, f"{self.name} pins blocks"

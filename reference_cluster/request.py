@@ -1,0 +1,75 @@
+"""What is a request, and what has happened to it so far?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from reference_cluster.spans import Membership
+
+Status = Literal["waiting", "finished", "rejected", "failed"]
+Block = Hashable  # A prefix hash, or a trace's id: equal ids mean equal whole prefixes.
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Seconds on the cluster's clock, None where it has not happened; never decreasing downwards."""
+
+    arrived_s: float
+    placed_s: float | None = None
+    fetched_s: float | None = None  # The remote part of the prefix is here (= placed without one).
+    prefill_start_s: float | None = None
+    prefill_end_s: float | None = None
+    transferred_s: float | None = None  # All KV is at the decode instance.
+    first_token_s: float | None = None
+    decode_start_s: float | None = None  # Its first decode step begins.
+    finished_s: float | None = None  # Or rejected, or failed.
+
+
+class Sink:
+    """Who listens to a request while it is served (a live client). The default hears nothing."""
+
+    def tokens(self, count: int) -> None:
+        """`count` more output tokens exist now."""
+
+    def ended(self, request: Request) -> None:
+        """The request is finished, rejected or failed; `request.status` says which."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request; `blocks` are the keys of its prompt, one a block, in order."""
+
+    id: int
+    input_tokens: int
+    output_tokens: int
+    blocks: Sequence[Block]
+    timeline: Timeline
+    sink: Sink | None = None
+    status: Status = "waiting"
+    reason: str | None = None
+    is_cancelled: bool = False
+    reused_tokens: int = 0
+    fetched_tokens: int = 0
+    produced_tokens: int = 0
+    prefilled_tokens: int = 0  # Reused and computed so far.
+    prefill_busy_s: float = 0.0
+    predicted_ttft_s: float | None = None
+    predicted_tbt_s: float | None = None
+    prefill: str | None = None  # Name of the instance.
+    decode: str | None = None
+    memberships: list[Membership] = field(default_factory=list)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status != "waiting"
+
+    @property
+    def kv_tokens(self) -> int:
+        """Device memory it may come to need, in tokens: reserved whole, so nothing is preempted."""
+        return self.input_tokens + self.output_tokens
+
+
+OnEnd = Callable[[Request], None]
