@@ -1,0 +1,68 @@
+"""How does a sleeper wake at an absolute time to within microseconds?
+
+The timers of asyncio and uvloop round to a millisecond. On Linux a timer file descriptor does not;
+elsewhere the loop's own timer serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import sys
+import time
+
+_CLOCK_MONOTONIC = 1  # The clock of time.perf_counter() on Linux.
+_ABSOLUTE = 1
+_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class _TimerSpec(ctypes.Structure):
+    """`struct itimerspec`: interval, then value, as seconds and nanoseconds."""
+
+    _fields_ = (
+        ("interval_s", ctypes.c_long),
+        ("interval_ns", ctypes.c_long),
+        ("value_s", ctypes.c_long),
+        ("value_ns", ctypes.c_long),
+    )
+
+
+class Alarm:
+    """Wakes one sleeper at a time; belongs to the running loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._descriptor = -1
+        if sys.platform == "linux":
+            self._libc = ctypes.CDLL(None, use_errno=True)
+            self._descriptor = self._libc.timerfd_create(_CLOCK_MONOTONIC, _FLAGS)
+        if self._descriptor >= 0:
+            self._loop.add_reader(self._descriptor, self._ring)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    async def until(self, due: float) -> None:
+        """Sleep until `time.perf_counter()` is `due`; at once if that has passed."""
+        while (left_s := due - time.perf_counter()) > 0.0:
+            if self._descriptor < 0:
+                await asyncio.sleep(left_s)
+                continue
+            spec = _TimerSpec(0, 0, int(due), int(due % 1.0 * 1e9))
+            if self._libc.timerfd_settime(self._descriptor, _ABSOLUTE, ctypes.byref(spec), None):
+                raise OSError(ctypes.get_errno(), "timerfd_settime failed")
+            self._waiter = self._loop.create_future()
+            await self._waiter
+
+    def _ring(self) -> None:
+        try:
+            os.read(self._descriptor, 8)
+        except BlockingIOError:  # Set anew between the wake-up and the read.
+            return
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

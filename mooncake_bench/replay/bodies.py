@@ -1,0 +1,163 @@
+"""How does a prompt of 126,000 tokens become bytes without delaying anybody's send?
+
+A thread builds whole HTTP requests ahead, in order of release, within a bound of bytes. It works in
+slices of a few thousand tokens and lets go of the interpreter between them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from mooncake_bench.replay.schedule import Plan
+from workloads.prompts import FIRST_TOKEN, VOCABULARY, prompt_text, prompt_token_ids
+
+AHEAD_BYTES = 64 << 20
+SLICE_TOKENS = 4096
+_DIGITS = [b"%d" % token for token in range(FIRST_TOKEN + VOCABULARY)]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """What every request of a run has in common."""
+
+    host: str
+    path: str
+    model: str
+    trace_key: str
+    block_tokens: int
+    is_chat: bool
+    sends_tokens: bool
+    wants_timeline: bool
+
+
+class RequestBuilder:
+    """Makes the bytes of one request: head and body, ready to be written."""
+
+    def __init__(self, shape: RequestShape, plan: Plan) -> None:
+        self._shape = shape
+        self._plan = plan
+
+    def build(self, row: int) -> bytes:
+        """The HTTP request of the row at this position of the plan."""
+        shape = self._shape
+        prompt = self._token_prompt(row) if shape.sends_tokens else self._text_prompt(row)
+        key = b'"messages":[{"role":"user","content":' if shape.is_chat else b'"prompt":'
+        closing = b"}]," if shape.is_chat else b","
+        # The settings follow the prompt: the opening brace of their own object is dropped.
+        body = b"".join([b"{", key, prompt, closing, self._settings(row)[1:]])
+        return self._head(row, len(body)) + body
+
+    def _settings(self, row: int) -> bytes:
+        stream: dict[str, bool] = {"include_usage": True}
+        if self._shape.wants_timeline:
+            stream["include_timeline"] = True
+        settings: dict[str, Any] = {
+            "model": self._shape.model,
+            "max_tokens": int(self._plan.output_tokens[row]),
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": stream,
+        }
+        return msgspec.json.encode(settings)
+
+    def _head(self, row: int, length: int) -> bytes:
+        return (
+            f"POST {self._shape.path} HTTP/1.1\r\nHost: {self._shape.host}\r\n"
+            f"Content-Type: application/json\r\nAccept: text/event-stream\r\n"
+            f"X-Request-Id: {self._plan.request[row]}\r\nContent-Length: {length}\r\n\r\n"
+        ).encode()
+
+    def _token_prompt(self, row: int) -> bytes:
+        pieces = [
+            b",".join(map(_DIGITS.__getitem__, tokens))
+            for tokens in self._slices(row, prompt_token_ids)
+        ]
+        return b"[" + b",".join(pieces) + b"]"
+
+    def _text_prompt(self, row: int) -> bytes:
+        # The words are letters: nothing in them needs escaping.
+        return b'"' + " ".join(self._slices(row, prompt_text)).encode() + b'"'
+
+    def _slices(self, row: int, make: Callable[[str, Sequence[Any], int, int], Any]) -> list[Any]:
+        shape, blocks = self._shape, self._plan.blocks(row)
+        left = int(self._plan.input_tokens[row])
+        step = max(1, SLICE_TOKENS // shape.block_tokens)
+        slices = []
+        for start in range(0, len(blocks), step):
+            tokens = min(left, step * shape.block_tokens)
+            part = blocks[start : start + step]
+            slices.append(make(shape.trace_key, part, tokens, shape.block_tokens))
+            left -= tokens
+            time.sleep(0)  # Whoever has a send to make now gets the interpreter.
+        return slices
+
+
+class BuildAhead:
+    """Builds the requests of a plan in order, at most `ahead_bytes` ahead of those taken."""
+
+    def __init__(self, build: Callable[[int], bytes], rows: int, ahead_bytes: int) -> None:
+        self._build = build
+        self._rows = rows
+        self._ahead_bytes = ahead_bytes
+        self._ready: deque[bytes] = deque()
+        # One counter a thread: `+=` on a shared one could lose an update.
+        self._built_bytes = 0
+        self._taken_bytes = 0
+        self._changed = threading.Condition()
+        self._is_stopped = False
+        self.error: Exception | None = None
+        self.is_warm = threading.Event()
+        """Set once the window is full, or everything is built, or building failed."""
+        self._thread = threading.Thread(target=self._run, name="build-requests", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and forget what was not taken."""
+        with self._changed:
+            self._is_stopped = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def take(self) -> bytes | None:
+        """The next request in order, or None while it is not built."""
+        if not self._ready:
+            return None
+        request = self._ready.popleft()
+        # Unlocked on purpose: the sender never waits for the builder.
+        self._taken_bytes += len(request)
+        if self._changed.acquire(blocking=False):
+            self._changed.notify_all()
+            self._changed.release()
+        return request
+
+    def _is_full(self) -> bool:
+        return self._built_bytes - self._taken_bytes >= self._ahead_bytes
+
+    def _run(self) -> None:
+        try:
+            for row in range(self._rows):
+                with self._changed:
+                    while self._is_full() and not self._is_stopped:
+                        self.is_warm.set()
+                        # The time limit makes up for a notification that `take` could not give.
+                        self._changed.wait(0.05)
+                if self._is_stopped:
+                    return
+                request = self._build(row)
+                self._built_bytes += len(request)
+                self._ready.append(request)
+        except Exception as error:  # noqa: BLE001  # handed to the sender, who raises it
+            self.error = error
+        finally:
+            self.is_warm.set()

@@ -1,0 +1,178 @@
+"""What can be asked of a replay? The flags of `mooncake-bench replay` and of Locust, in one place.
+
+A field of ReplayOptions is a flag: `first_token_timeout` is `--first-token-timeout` in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from mooncake_bench.replay.errors import ReplayError
+
+
+def _flag(text: str, **limits: Any) -> msgspec.Meta:
+    return msgspec.Meta(description=text, **limits)
+
+
+class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to replay, how, and where the results go. Times in seconds."""
+
+    trace: Annotated[
+        str, _flag("trace file (Mooncake JSON lines, Azure CSV) or the name of a generator")
+    ] = "conversation-like"
+    url: Annotated[str, _flag("the endpoint, like http://127.0.0.1:8000")] = ""
+    out: Annotated[str, _flag("directory of the run; nothing is written without it")] = ""
+    name: Annotated[str, _flag("name of the run in reports (default: the trace's)")] = ""
+    speed: Annotated[float, _flag("replay this many times faster than the trace", gt=0.0)] = 1.0
+    jitter: Annotated[bool, _flag("spread arrivals inside the trace's timestamp buckets")] = False
+    seed: Annotated[int, _flag("of generator, jitter and sampling")] = 0
+    window: Annotated[str, _flag("replay this part of the trace, START-END in seconds")] = ""
+    sample: Annotated[float, _flag("share of the trace's sessions to replay", gt=0.0, le=1.0)] = 1.0
+    limit: Annotated[int, _flag("replay the first N requests only; 0: all", ge=0)] = 0
+    slo: Annotated[str, _flag("bounds that a request must meet")] = "ttft<30s,tbt<100ms"
+    prompt: Annotated[
+        Literal["auto", "tokens", "text"],
+        _flag("prompts as token ids or as text (auto: token ids where the endpoint takes them)"),
+    ] = "auto"
+    endpoint: Annotated[
+        Literal["completions", "chat"], _flag("/v1/completions or /v1/chat/completions")
+    ] = "completions"
+    model: Annotated[str, _flag("model name (default: the first of /v1/models)")] = ""
+    connect_timeout: Annotated[float, _flag("s to open a connection", gt=0.0)] = 10.0
+    first_token_timeout: Annotated[float, _flag("s from send to first token", gt=0.0)] = 600.0
+    stall_timeout: Annotated[float, _flag("s between two tokens", gt=0.0)] = 120.0
+    total_timeout: Annotated[float, _flag("s from send to the end of a request", gt=0.0)] = 3600.0
+    max_lag: Annotated[float, _flag("s of p99 lag above which the run is invalid", gt=0.0)] = 0.1
+    max_cpu: Annotated[float, _flag("share of a core above which the run is invalid", gt=0.0)] = 0.9
+
+    @property
+    def sends_tokens(self) -> bool:
+        """Whether prompts travel as token ids rather than as text."""
+        return self.prompt == "tokens" or (self.prompt == "auto" and self.endpoint == "completions")
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One command-line flag; `kind` is str, float, int or bool."""
+
+    field: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return "--" + self.field.replace("_", "-")
+
+
+def flags() -> tuple[Flag, ...]:
+    """The fields of ReplayOptions as flags, in order."""
+    info = msgspec.inspect.type_info(ReplayOptions)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return tuple(_as_flag(field) for field in info.fields)
+
+
+def options_from(values: Mapping[str, Any]) -> ReplayOptions:
+    """ReplayOptions of a mapping by field name; other keys are ignored. Raises ReplayError."""
+    mine = {name: values[name] for name in ReplayOptions.__struct_fields__ if name in values}
+    try:
+        options = msgspec.convert(mine, ReplayOptions, strict=False)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).partition(" - at `$.")
+        field = place.rstrip("`")
+        raise ReplayError(
+            f"--{field.replace('_', '-')} {mine[field]}: {_remedy(field, text)}"
+        ) from None
+    if options.endpoint == "chat" and options.prompt == "tokens":
+        raise ReplayError("--prompt tokens: chat takes no token ids; use --endpoint completions")
+    parse_window(options.window)
+    return options
+
+
+def parse_window(text: str) -> tuple[float, float] | None:
+    """`"60-600"` as (60.0, 600.0), seconds; None for "". Raises ReplayError."""
+    if not text:
+        return None
+    start, _, end = text.partition("-")
+    try:
+        bounds = (float(start), float(end))
+    except ValueError:
+        raise ReplayError(f"--window {text}: write START-END in seconds, like 0-600") from None
+    if not 0.0 <= bounds[0] < bounds[1]:
+        raise ReplayError(f"--window {text}: the end must come after the start, like 0-600")
+    return bounds
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to Locust's parser (an argparse one)."""
+    group = parser.add_argument_group("trace replay")
+    for flag in flags():
+        settings: dict[str, Any] = {"default": flag.default, "help": flag.help}
+        if flag.kind is bool:
+            settings["action"] = "store_true"
+        else:
+            settings["type"] = flag.kind
+        if flag.choices:
+            settings["choices"] = list(flag.choices)
+        group.add_argument(flag.name, **settings)
+
+
+def as_command(run: Callable[[ReplayOptions], None]) -> Callable[..., None]:
+    """`run` as a function with one typer option a flag, for `app.command()(as_command(run))`."""
+    import typer
+
+    parameters = []
+    for flag in flags():
+        # The words are checked by options_from: ways to tell them to typer differ by its version.
+        words = "[" + "|".join(flag.choices) + "]" if flag.choices else None
+        name = f"{flag.name}/--no-{flag.name[2:]}" if flag.kind is bool else flag.name
+        parameters.append(
+            inspect.Parameter(
+                flag.field,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=typer.Option(flag.default, name, help=flag.help, metavar=words),
+                annotation=flag.kind,
+            )
+        )
+
+    def command(**values: Any) -> None:
+        run(options_from(values))
+
+    command.__doc__ = run.__doc__
+    command.__name__ = run.__name__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    command.__annotations__ = {flag.field: flag.kind for flag in flags()}
+    return command
+
+
+def _remedy(field: str, text: str) -> str:
+    choices = next(flag.choices for flag in flags() if flag.field == field)
+    return f"use one of {', '.join(choices)}" if choices else text.replace("`", "").lower()
+
+
+_KINDS: dict[type, type] = {
+    msgspec.inspect.StrType: str,
+    msgspec.inspect.FloatType: float,
+    msgspec.inspect.IntType: int,
+    msgspec.inspect.BoolType: bool,
+    msgspec.inspect.LiteralType: str,
+}
+
+
+def _as_flag(field: msgspec.inspect.Field) -> Flag:
+    kind = field.type
+    text = ""
+    if isinstance(kind, msgspec.inspect.Metadata):
+        text = str((kind.extra_json_schema or {}).get("description", ""))
+        kind = kind.type
+    choices = kind.values if isinstance(kind, msgspec.inspect.LiteralType) else ()
+    return Flag(
+        field.name, _KINDS[type(kind)], field.default, text, tuple(str(one) for one in choices)
+    )

@@ -1,0 +1,284 @@
+"""How do clients talk to the live cluster? An OpenAI-compatible HTTP front."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from reference_cluster.blocks import prefix_hashes
+from reference_cluster.cluster import Cluster
+from reference_cluster.config import ClusterConfig
+from reference_cluster.cost_model import Profile
+from reference_cluster.live_metrics import LiveMetrics
+from reference_cluster.openai_protocol import (
+    Answer,
+    BadRequest,
+    asked_tokens,
+    error_body,
+    parse_body,
+    prompt_tokens,
+)
+from reference_cluster.policies.admission import Rejected
+from reference_cluster.request import Request, Sink, Timeline
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES_MAX = 16 * 1024 * 1024  # A 126k-token prompt as token ids is 0.8 MB.
+IN_FLIGHT_MAX = 8192
+JSON = "application/json"
+Handler = Callable[[HttpRequest], Awaitable[Response]]
+
+
+class TooLarge(BadRequest):
+    """The body is over BODY_BYTES_MAX."""
+
+
+class Listener(Sink):
+    """The HTTP side of a request: how many tokens are there to be sent, and has it ended?"""
+
+    def __init__(self) -> None:
+        self.unsent = 0
+        self.has_ended = False
+        self.changed = asyncio.Event()
+
+    def tokens(self, count: int) -> None:
+        self.unsent += count
+        self.changed.set()
+
+    def ended(self, request: Request) -> None:
+        self.has_ended = True
+        self.changed.set()
+
+    async def wait(self) -> int:
+        """Sleep until something has happened; returns the tokens to send."""
+        await self.changed.wait()
+        self.changed.clear()
+        unsent, self.unsent = self.unsent, 0
+        return unsent
+
+
+class Front:
+    """The HTTP front of one cluster, which it starts and stops with the server."""
+
+    def __init__(self, config: ClusterConfig, profile: Profile, token: str | None = None) -> None:
+        self.config = config
+        self.profile = profile
+        self.token = token
+        self.ids = itertools.count()
+        self.cluster: Cluster
+        self.metrics: LiveMetrics
+
+    def app(self) -> Starlette:
+        routes = [
+            Route("/v1/completions", self.guarded(self.completions), methods=["POST"]),
+            Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
+            Route("/v1/models", self.guarded(self.models)),
+            Route("/health", self.health),
+            Route("/metrics", self.guarded(self.prometheus)),
+            Route("/cluster/info", self.guarded(self.info)),
+            Route("/cluster/samples", self.guarded(self.samples)),
+        ]
+        return Starlette(routes=routes, lifespan=self.lifespan)
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """The cluster lives as long as the server."""
+        # One step at a time: a live client gets each token when it exists.
+        self.cluster = Cluster(self.config, self.profile, self.ended, steps_max=1)
+        self.metrics = LiveMetrics(self.cluster, self.profile.name)
+        self.started_s = self.cluster.loop.time()
+        serving = asyncio.create_task(self.cluster.run(), name="cluster")
+        serving.add_done_callback(report_crash)
+        try:
+            yield
+        finally:
+            serving.cancel()
+
+    def guarded(self, handler: Handler) -> Handler:
+        """Ask for the token, where one was set."""
+
+        async def check(http: HttpRequest) -> Response:
+            given = http.headers.get("authorization", "")
+            if self.token and not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+                return error("a bearer token is needed", "authentication_error", 401)
+            return await handler(http)
+
+        return check
+
+    # ---- serving -----------------------------------------------------------------------------
+
+    async def completions(self, http: HttpRequest) -> Response:
+        return await self.serve(http, is_chat=False)
+
+    async def chat(self, http: HttpRequest) -> Response:
+        return await self.serve(http, is_chat=True)
+
+    async def serve(self, http: HttpRequest, is_chat: bool) -> Response:
+        """Read a request, let it in, and answer when its first token (or its end) has come."""
+        received_s = self.cluster.loop.time()
+        try:
+            body = parse_body(await read_body(http), is_chat)
+            tokens = prompt_tokens(body)
+        except TooLarge as mistake:
+            return error(str(mistake), "invalid_request_error", 413)
+        except BadRequest as mistake:
+            return error(str(mistake), "invalid_request_error", 400)
+        if len(self.cluster.in_flight) >= IN_FLIGHT_MAX:
+            return error("too many requests in flight", "overloaded", 503, "in-flight")
+        listener = Listener()
+        request = Request(
+            next(self.ids),
+            len(tokens),
+            asked_tokens(body),
+            prefix_hashes(tokens, self.config.block_tokens),
+            Timeline(received_s),
+            sink=listener,
+        )
+        rejected = self.cluster.submit(request)
+        if rejected is not None:
+            return self.rejection(rejected)
+        answer = Answer(f"cmpl-{request.id}", body.model or self.profile.name, is_chat, body)
+        if body.stream:
+            return await self.stream(http, request, listener, answer)
+        return await self.whole(http, request, listener, answer)
+
+    async def stream(
+        self, http: HttpRequest, request: Request, listener: Listener, answer: Answer
+    ) -> Response:
+        """Server-sent events, one a token. Rejection is possible until the first token."""
+        if not await self.wait_or_hang_up(http, request, listener):
+            return Response(status_code=499)
+        if request.status == "rejected":
+            return self.rejection(Rejected(request.reason or "unknown", 1.0))
+
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                yield answer.first_events()
+                left = request.output_tokens
+                while True:
+                    unsent = await listener.wait()
+                    # The last token comes with the finish reason, when its request has ended.
+                    ready = unsent - int(left == unsent)
+                    left -= unsent
+                    if ready:
+                        yield answer.token_event * ready
+                    if listener.has_ended:
+                        break
+                yield answer.last_events(request)
+            finally:
+                self.cluster.cancel(request)
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    async def whole(
+        self, http: HttpRequest, request: Request, listener: Listener, answer: Answer
+    ) -> Response:
+        while not listener.has_ended:
+            if not await self.wait_or_hang_up(http, request, listener):
+                return Response(status_code=499)
+            listener.changed.clear()
+        if request.status == "rejected":
+            return self.rejection(Rejected(request.reason or "unknown", 1.0))
+        return Response(answer.whole(request), media_type=JSON)
+
+    async def wait_or_hang_up(
+        self, http: HttpRequest, request: Request, listener: Listener
+    ) -> bool:
+        """Sleep until the listener has news; False, and the request cancelled, if the client left."""
+        gone = asyncio.create_task(client_left(http, listener), name=f"watch-{request.id}")
+        try:
+            await listener.changed.wait()
+        finally:
+            gone.cancel()
+        if gone.done() and not gone.cancelled():
+            self.cluster.cancel(request)
+            return False
+        return True
+
+    def rejection(self, rejected: Rejected) -> Response:
+        """429, or 400 for what could never be served here."""
+        if rejected.reason == "too-large":
+            message = "the prompt and its output exceed every instance's memory"
+            answer = error(message, "early_rejection", 400, rejected.reason)
+        else:
+            message = f"rejected early: would miss its SLO or find no room ({rejected.reason})"
+            answer = error(message, "early_rejection", 429, rejected.reason)
+            answer.headers["Retry-After"] = str(max(1, round(rejected.retry_after_s)))
+        answer.headers["x-rejection-reason"] = rejected.reason
+        return answer
+
+    def ended(self, request: Request) -> None:
+        self.metrics.ended(request)
+
+    # ---- looking at it -----------------------------------------------------------------------
+
+    async def models(self, http: HttpRequest) -> Response:
+        model = {"id": self.profile.name, "object": "model", "owned_by": "mooncake-bench"}
+        return as_json({"object": "list", "data": [model]})
+
+    async def health(self, http: HttpRequest) -> Response:
+        return as_json({"status": "ok"})
+
+    async def prometheus(self, http: HttpRequest) -> Response:
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    async def info(self, http: HttpRequest) -> Response:
+        profile = {name: getattr(self.profile, name) for name in ("name", "source", "error")}
+        return as_json(
+            {
+                "system": self.config.system,
+                "title": self.config.title,
+                "config": msgspec.to_builtins(self.config),
+                "profile": profile,
+                "source": "live-modelled",
+            }
+        )
+
+    async def samples(self, http: HttpRequest) -> Response:
+        rows = [(row[0] - self.started_s, *row[1:]) for row in self.cluster.samples.rows]
+        return as_json({"now_s": self.cluster.loop.time() - self.started_s, "samples": rows})
+
+
+async def client_left(http: HttpRequest, listener: Listener) -> None:
+    """Return when the client has closed its connection, and wake whoever waits."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    listener.changed.set()
+
+
+async def read_body(http: HttpRequest) -> bytes:
+    """The whole body, up to BODY_BYTES_MAX; raises BadRequest."""
+    parts, size = [], 0
+    try:
+        async for part in http.stream():
+            size += len(part)
+            if size > BODY_BYTES_MAX:
+                raise TooLarge(f"the body exceeds {BODY_BYTES_MAX} bytes")
+            parts.append(part)
+    except ClientDisconnect:
+        raise BadRequest("the client left before its request was complete") from None
+    return b"".join(parts)
+
+
+def report_crash(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("the cluster has stopped", exc_info=task.exception())
+
+
+def as_json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type=JSON)
+
+
+def error(message: str, kind: str, code: int, reason: str | None = None) -> Response:
+    return Response(error_body(message, kind, code, reason), code, media_type=JSON)

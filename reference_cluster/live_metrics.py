@@ -1,0 +1,125 @@
+"""What does Prometheus see? vLLM's names where the meaning is the same, ours for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from reference_cluster.cluster import Cluster
+from reference_cluster.colocated import ColocatedInstance
+from reference_cluster.decode import DecodeInstance
+from reference_cluster.request import Request
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 30, 60, 120)
+
+
+class LiveMetrics:
+    """Counters and histograms are fed as requests end, gauges read when somebody asks."""
+
+    def __init__(self, cluster: Cluster, model: str) -> None:
+        self.cluster = cluster
+        self.registry = CollectorRegistry()
+        self.model = model
+        self.histograms = {
+            name: self.histogram(f"vllm:{name}_seconds", text)
+            for name, text in (
+                ("time_to_first_token", "From receipt to first token"),
+                ("e2e_request_latency", "From receipt to last token"),
+                ("request_queue_time", "From receipt to the start of the prefill"),
+                ("request_prefill_time", "From the start of the prefill to the first token"),
+                ("request_decode_time", "From first to last token"),
+                ("request_time_per_output_token", "Mean time between a request's tokens"),
+            )
+        }
+        self.prompt = self.counter("vllm:prompt_tokens", "Prompt tokens prefilled or reused")
+        self.generated = self.counter("vllm:generation_tokens", "Output tokens")
+        self.queries = self.counter("vllm:prefix_cache_queries", "Prompt tokens looked up")
+        self.hits = self.counter("vllm:prefix_cache_hits", "Prompt tokens reused")
+        self.success = self.counter("vllm:request_success", "Finished", "finished_reason")
+        self.decisions = self.counter(
+            "mooncake_bench_conductor_decisions", "Requests placed or rejected", "decision"
+        )
+        self.rejections = self.counter(
+            "mooncake_bench_conductor_rejections", "Rejected requests", "reason"
+        )
+        self.failures = self.counter("mooncake_bench_failures", "Failed requests", "reason")
+        self.wasted = self.counter(
+            "mooncake_bench_wasted_prefill_tokens", "Computed for requests that did not finish"
+        )
+        self.running = self.gauge("vllm:num_requests_running", "Requests in a batch or prefill")
+        self.waiting = self.gauge("vllm:num_requests_waiting", "Requests queued")
+        self.usage = self.gauge("vllm:kv_cache_usage_perc", "Share of device KV in use", "instance")
+        self.lag = self.gauge(
+            "mooncake_bench_engine_lag_seconds_max", "How late a modelled engine woke at worst"
+        )
+
+    def histogram(self, name: str, text: str) -> Histogram:
+        family = Histogram(name, text, ["model_name"], registry=self.registry, buckets=SECONDS)
+        return family.labels(self.model)
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        family = Counter(name, text, ["model_name", *labels], registry=self.registry)
+        return family if labels else family.labels(self.model)
+
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        family = Gauge(name, text, ["model_name", *labels], registry=self.registry)
+        return family if labels else family.labels(self.model)
+
+    def ended(self, request: Request) -> None:
+        """Count one request that has finished, was rejected or failed."""
+        is_rejected = request.status == "rejected"
+        self.decisions.labels(self.model, "rejected" if is_rejected else "placed").inc()
+        computed = request.prefilled_tokens - request.reused_tokens
+        if request.status == "finished":
+            self.finished(request)
+            return
+        self.wasted.inc(computed)
+        family = self.rejections if is_rejected else self.failures
+        family.labels(self.model, request.reason or "unknown").inc()
+
+    def finished(self, request: Request) -> None:
+        stamps = request.timeline
+        assert stamps.first_token_s is not None
+        assert stamps.prefill_start_s is not None
+        assert stamps.finished_s is not None
+        decode_s = stamps.finished_s - stamps.first_token_s
+        seconds = {
+            "time_to_first_token": stamps.first_token_s - stamps.arrived_s,
+            "e2e_request_latency": stamps.finished_s - stamps.arrived_s,
+            "request_queue_time": stamps.prefill_start_s - stamps.arrived_s,
+            "request_prefill_time": stamps.first_token_s - stamps.prefill_start_s,
+            "request_decode_time": decode_s,
+        }
+        if request.produced_tokens > 1:
+            seconds["request_time_per_output_token"] = decode_s / (request.produced_tokens - 1)
+        for name, value in seconds.items():
+            self.histograms[name].observe(max(0.0, value))
+        self.prompt.inc(request.input_tokens)
+        self.queries.inc(request.input_tokens)
+        self.hits.inc(request.reused_tokens)
+        self.generated.inc(request.produced_tokens)
+        self.success.labels(self.model, "length").inc()
+
+    def render(self) -> bytes:
+        """The text that `/metrics` answers with."""
+        running = waiting = 0
+        for instance in self.cluster.prefill:
+            running += int(instance.running is not None)
+            waiting += len(instance.queue)
+        for decode in self.batching():
+            running += decode.batch.size
+            waiting += len(decode.waiting)
+            self.usage.labels(self.model, decode.name).set(self.used_share(decode))
+        self.running.set(running)
+        self.waiting.set(waiting)
+        self.lag.set(max(engine.lag_s_max for engine in self.cluster.engines))
+        return generate_latest(self.registry)
+
+    def batching(self) -> Iterable[DecodeInstance | ColocatedInstance]:
+        return [*self.cluster.decode, *self.cluster.colocated]
+
+    def used_share(self, instance: DecodeInstance | ColocatedInstance) -> float:
+        if isinstance(instance, DecodeInstance):
+            return instance.batch.kv_tokens / instance.capacity_tokens
+        return instance.pool.used / instance.pool.capacity

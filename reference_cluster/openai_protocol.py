@@ -1,0 +1,191 @@
+"""What do OpenAI-style requests and answers look like, as bytes? Pure: no I/O."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+from zlib import crc32
+
+import msgspec
+
+from reference_cluster.request import Request
+
+TOKEN_TEXT = " the"  # What a modelled engine says, whatever it was asked.
+STAMPS = (
+    "placed_s",
+    "fetched_s",
+    "prefill_start_s",
+    "prefill_end_s",
+    "transferred_s",
+    "first_token_s",
+    "decode_start_s",
+    "finished_s",
+)
+
+
+class BadRequest(ValueError):
+    """What the client sent cannot be served; the message is one line for people."""
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+    include_timeline: bool = False  # Ours: the request's stamps with the usage.
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class Body(msgspec.Struct):
+    """The fields that matter here; others are accepted and ignored, as by other servers."""
+
+    model: str | None = None
+    prompt: str | list[int] | None = None
+    messages: list[Message] | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = 1
+    ignore_eos: bool = True
+
+
+DECODER = msgspec.json.Decoder(Body)
+
+
+def parse_body(data: bytes, is_chat: bool) -> Body:
+    """Decode and check a request body; raises BadRequest."""
+    try:
+        body = DECODER.decode(data)
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"the body is not a valid request: {error}") from None
+    if is_chat and not body.messages:
+        raise BadRequest("`messages` is missing or empty")
+    if not is_chat and not body.prompt:
+        raise BadRequest("`prompt` is missing or empty; give a string or a list of token ids")
+    if body.n != 1:
+        raise BadRequest("`n` must be 1 here")
+    if asked_tokens(body) < 1:
+        raise BadRequest("`max_tokens` must be at least 1")
+    return body
+
+
+def asked_tokens(body: Body) -> int:
+    """Output tokens to produce; a modelled engine never stops by itself."""
+    asked = body.max_completion_tokens
+    if asked is None:
+        asked = body.max_tokens
+    return 16 if asked is None else asked
+
+
+def prompt_tokens(body: Body) -> Sequence[int]:
+    """Token ids of the prompt. Text has one token a whitespace-separated word (no tokenizer)."""
+    if isinstance(body.prompt, list):
+        if min(body.prompt) < 0 or max(body.prompt) >= 1 << 32:
+            raise BadRequest("`prompt` has a token id outside 0..2^32-1")
+        return body.prompt
+    words = (body.prompt or chat_text(body.messages or [])).split()
+    if not words:
+        raise BadRequest("the prompt holds no word")
+    return [crc32(word.encode()) for word in words]
+
+
+def chat_text(messages: list[Message]) -> str:
+    """The words of all messages; roles cost nothing, so that lengths are what the client meant."""
+    parts = []
+    for message in messages:
+        if isinstance(message.content, str):
+            parts.append(message.content)
+        elif message.content is not None:
+            parts.extend(str(part.get("text", "")) for part in message.content)
+    return " ".join(parts)
+
+
+class Answer:
+    """Renders the answer to one request."""
+
+    def __init__(self, request_id: str, model: str, is_chat: bool, body: Body) -> None:
+        self.is_chat = is_chat
+        self.options = body.stream_options or StreamOptions()
+        kind = "chat.completion" if is_chat else "text_completion"
+        self.head = {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
+        if is_chat and body.stream:
+            self.head["object"] = "chat.completion.chunk"
+        self.token_event = self.event(self.choice(None))
+
+    def choice(self, finish_reason: str | None) -> dict[str, Any]:
+        if self.is_chat:
+            return {"index": 0, "delta": {"content": TOKEN_TEXT}, "finish_reason": finish_reason}
+        return {"index": 0, "text": TOKEN_TEXT, "logprobs": None, "finish_reason": finish_reason}
+
+    def event(self, *choices: dict[str, Any], **more: Any) -> bytes:
+        content = msgspec.json.encode({**self.head, "choices": choices, **more})
+        return b"data: " + content + b"\n\n"
+
+    def first_events(self) -> bytes:
+        """What comes before the first token: a chat's role."""
+        if not self.is_chat:
+            return b""
+        delta = {"role": "assistant", "content": ""}
+        return self.event({"index": 0, "delta": delta, "finish_reason": None})
+
+    def last_events(self, request: Request) -> bytes:
+        """What comes after the last token but one."""
+        events = self.event(self.choice("length"))
+        if self.options.include_usage:
+            more: dict[str, Any] = {"usage": usage(request)}
+            if self.options.include_timeline:
+                more["timeline"] = timeline(request)
+            events += self.event(**more)
+        return events + b"data: [DONE]\n\n"
+
+    def whole(self, request: Request) -> bytes:
+        """The answer in one piece."""
+        text = TOKEN_TEXT * request.produced_tokens
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+        if self.is_chat:
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice |= {"text": text, "logprobs": None}
+        answer = {**self.head, "choices": [choice], "usage": usage(request)}
+        if self.options.include_timeline:
+            answer["timeline"] = timeline(request)
+        return msgspec.json.encode(answer)
+
+
+def usage(request: Request) -> dict[str, Any]:
+    return {
+        "prompt_tokens": request.input_tokens,
+        "completion_tokens": request.produced_tokens,
+        "total_tokens": request.input_tokens + request.produced_tokens,
+        "prompt_tokens_details": {"cached_tokens": request.reused_tokens},
+    }
+
+
+def timeline(request: Request) -> dict[str, Any]:
+    """What happened when, in seconds since the server received the request."""
+    stamps = asdict(request.timeline)
+    begin_s = request.timeline.arrived_s
+    relative = {
+        name: None if stamps[name] is None else round(stamps[name] - begin_s, 9) for name in STAMPS
+    }
+    return {
+        **relative,
+        "fetched_tokens": request.fetched_tokens,
+        "prefill_busy_s": request.prefill_busy_s,
+        "predicted_ttft_s": request.predicted_ttft_s,
+        "predicted_tbt_s": request.predicted_tbt_s,
+        "prefill": request.prefill,
+        "decode": request.decode,
+    }
+
+
+def error_body(message: str, kind: str, code: int, reason: str | None = None) -> bytes:
+    """An error as OpenAI's clients expect it, with our machine-readable reason."""
+    error: dict[str, Any] = {"message": message, "type": kind, "code": code}
+    if reason is not None:
+        error["reason"] = reason
+    return msgspec.json.encode({"error": error})

@@ -1,0 +1,186 @@
+"""How do people talk to a chat service? Sessions that come back, as in Mooncake's traces.
+
+The tables are quantiles measured on Mooncake's conversation trace (12,031 requests, one hour):
+a statistical description, none of its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from workloads.model import Floats, Ints, Random
+
+LEVELS = np.array(
+    [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1]
+)
+# fmt: off
+# Input tokens of a session's first request, and of a later one.
+FIRST_INPUT = (891, 894, 897, 904, 1077, 1668, 3778, 5114, 7112, 10359, 15513, 25373, 37834,
+               65901, 91142, 111632, 126195)
+LATER_INPUT = (892, 1163, 1634, 2102, 3455, 5502, 7507, 9873, 12556, 15780, 20219, 28908, 40992,
+               65839, 79133, 94868, 123194)
+OUTPUT = (1, 3, 10, 24, 100, 213, 291, 350, 399, 447, 504, 597, 698, 892, 1119, 1568, 2000)
+# Seconds between a request and the next of its session.
+GAP_S = (1, 12, 30, 42, 60, 75, 96, 123, 162, 222, 318, 483, 615, 1031, 1477, 1908, 3030)
+# Input tokens by which a request exceeds the one that it continues.
+GROWTH = (0, 0, 20, 64, 192, 313, 395, 471, 553, 684, 1290, 4599, 7339, 11877, 16994, 22493, 60000)
+# Share of the earlier request's blocks that one with an edited or cut history keeps.
+KEPT = (0.01, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.21, 0.29, 0.4, 0.52, 0.83, 0.91, 0.93, 0.96,
+        0.96, 0.99)
+# fmt: on
+SYSTEM_TOKENS = 512
+# Share of continuations whose history was edited or cut (measured: 15 %, of them some unseen).
+EDITED_SHARE = 0.18
+# Shorter requests are one-shot calls: 2 % of them are continued, 42 % of the others.
+CONTINUABLE_TOKENS = 1000
+# Documents are pasted early in a session; later turns grow by less.
+LATER_GROWTH_TOKENS = 6000.0
+
+# The next four were fitted, so that session sizes, block reuse and the LRU curve come out right.
+# How many continuations continue a continuation: most sessions are one request, few are long.
+LATER_SHARE = 0.56
+# How much each earlier turn makes a session likelier to go on (in units of a log length ratio).
+DEPTH_BONUS = 0.05
+# Matching finds parents a little too long (short ones are one-shots); this takes it back.
+MATCH = 0.91
+# Requests looked at on either side of the moment that a gap points to.
+REACH = 200
+# Lengths are drawn in strata of so many, so that a window of a minute has the mix of the hour.
+STRATUM = 50
+
+
+@dataclass(slots=True)
+class Turn:
+    """A request of a session: what a later one may continue."""
+
+    input_tokens: int
+    output_tokens: int
+    ids: list[int]
+    depth: int  # requests of its session before it
+    is_continued: bool = False
+
+
+@dataclass(slots=True)
+class Conversations:
+    """Makes requests one after another, each new or continuing an earlier one.
+
+    `reuse` is the share of requests that continue a session (those whose earlier request lies
+    before the trace's start appear without a known prefix, as in any recorded trace).
+    """
+
+    random: Random
+    block_tokens: int
+    reuse: float
+    length_scale: float = 1.0
+    output_scale: float = 1.0
+    next_id: int = 0
+    system: list[int] = field(default_factory=list)
+
+    def run(self, arrival_s: Floats) -> list[Turn]:
+        """One turn per arrival (seconds, sorted), with ids of its own numbering from next_id."""
+        n = len(arrival_s)
+        self.system = self.fresh(SYSTEM_TOKENS // self.block_tokens)
+        first = self._lengths(FIRST_INPUT, n)
+        later = self._lengths(LATER_INPUT, n)
+        output = stratified(self.random, OUTPUT, n) * self.output_scale
+        growth = at(GROWTH, self.random.random(n))
+        gap_s = at(GAP_S, self.random.random(n))
+        is_later = self.random.random(n) < self.reuse
+        times: list[float] = arrival_s.tolist()
+        turns: list[Turn] = []
+        for i, now_s in enumerate(times):
+            out = max(1, round(float(output[i])))
+            then_s = now_s - float(gap_s[i])
+            parent = None
+            if is_later[i] and then_s >= 0:
+                parent = self._continued(turns, times, then_s, now_s, float(later[i] - growth[i]))
+            if parent is not None:
+                turns.append(self._later(parent, float(later[i]), float(growth[i]), out))
+            else:
+                # A session that began before the trace has the length of a later turn already.
+                length = later[i] if is_later[i] else first[i]
+                turns.append(self._first(round(float(length)), out))
+        return turns
+
+    def _lengths(self, table: Sequence[float], n: int) -> Floats:
+        """Input lengths after a table, scaled; never below the table's own minimum."""
+        return np.maximum(stratified(self.random, table, n) * self.length_scale, table[0])
+
+    def _continued(
+        self, turns: list[Turn], times: list[float], then_s: float, now_s: float, length: float
+    ) -> Turn | None:
+        """The earlier request to continue: near `then_s`, and of a length that fits."""
+        # A tenth of the gap to either side, but a few requests at least.
+        reach_s = (now_s - then_s) * 0.1
+        middle = bisect_left(times, then_s)
+        low = min(bisect_left(times, then_s - reach_s), middle - 3)
+        high = max(bisect_left(times, then_s + reach_s), middle + 3)
+        low, high = max(low, middle - REACH, 0), min(high, middle + REACH, len(turns))
+        length = max(length * MATCH, CONTINUABLE_TOKENS)
+        wants_later = self.random.random() < LATER_SHARE
+        best, best_cost = None, 3.0
+        for turn in turns[low:high]:
+            if turn.is_continued or turn.input_tokens < CONTINUABLE_TOKENS:
+                continue
+            cost = abs(math.log(turn.input_tokens / length))
+            # The kind of parent outweighs the fit, and long sessions tend to grow longer.
+            cost += 1.0 if (turn.depth > 0) != wants_later else 0.0
+            cost -= DEPTH_BONUS * min(turn.depth, 10)
+            if cost < best_cost:
+                best, best_cost = turn, cost
+        return best
+
+    def _first(self, length: int, output: int) -> Turn:
+        """A request that shares the system prompt alone."""
+        return self.turn(self.system[: length // self.block_tokens], length, output)
+
+    def _later(self, parent: Turn, length: float, growth: float, output: int) -> Turn:
+        """A request that continues `parent`: with all of its input, or an edited history."""
+        parent.is_continued = True
+        depth = parent.depth + 1
+        whole = parent.input_tokens // self.block_tokens
+        if self.random.random() < EDITED_SHARE:
+            kept = max(len(self.system), int(whole * at(KEPT, self.random.random())))
+            cut = max(round(length), kept * self.block_tokens + 1)
+            return self.turn(parent.ids[:kept], cut, output, depth)
+        if round(growth) == 0:  # asked again: the very same prompt
+            return Turn(parent.input_tokens, output, parent.ids, depth)
+        if parent.depth:  # pasted documents come early in a session
+            growth = min(growth, LATER_GROWTH_TOKENS)
+        grown = parent.input_tokens + round(growth)
+        grown = min(grown, max(int(LATER_INPUT[-1]), parent.input_tokens))
+        return self.turn(parent.ids[:whole], grown, output, depth)
+
+    def turn(self, prefix: list[int], length: int, output: int, depth: int = 0) -> Turn:
+        """A request of `length` tokens that starts with the whole blocks of `prefix`."""
+        blocks = -(-length // self.block_tokens)
+        return Turn(length, output, prefix + self.fresh(blocks - len(prefix)), depth)
+
+    def fresh(self, count: int) -> list[int]:
+        """So many ids never used before."""
+        self.next_id += count
+        return list(range(self.next_id - count, self.next_id))
+
+
+def at(table: Sequence[float], level: float | Floats) -> Floats:
+    """The value of a quantile table at a level in [0, 1), or at many."""
+    return np.asarray(np.interp(level, LEVELS, table), dtype=np.float64)
+
+
+def stratified(random: Random, table: Sequence[float], n: int) -> Floats:
+    """n values after a quantile table, their levels from `even_levels`."""
+    return at(table, even_levels(random, n))
+
+
+def even_levels(random: Random, n: int) -> Floats:
+    """n numbers in [0, 1) in random order, every STRATUM in a row spread evenly."""
+    rounds = -(-n // STRATUM)
+    # Ranks of random numbers: a random order of the strata in every round.
+    order: Ints = np.argsort(random.random((rounds, STRATUM)), axis=1)
+    levels: Floats = (order + random.random((rounds, STRATUM))) / STRATUM
+    return levels.reshape(-1)[:n]
