@@ -162,6 +162,7 @@ def serve(
         diagnostics.print(
             f"{resolved.title} at {url} (modelled engine, profile {costs.name}); Ctrl-C ends it",
             highlight=False,
+            soft_wrap=True,
         )
 
     serve_cluster(resolved, costs, host, port, token, on_listening)
@@ -175,7 +176,9 @@ def replay(options: ReplayOptions) -> None:
 
     if not options.url or not options.out:
         missing = "--url" if not options.url else "--out"
-        raise ReplayError(f"{missing} is missing; give {missing} (see mooncake-bench replay --help)")
+        raise ReplayError(
+            f"{missing} is missing; give {missing} (see mooncake-bench replay --help)"
+        )
     loaded = load_trace(options)
     with diagnostics.status("connecting") as status:
         result = replay_trace(
@@ -204,7 +207,9 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="directory for the runs and report.html")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="directory for the runs and report.html")] = Path(
+        "demo"
+    ),
     seconds_live: Annotated[float, typer.Option("--live-seconds", min=5.0)] = 60.0,
 ) -> None:
     """The main job end to end, small: live and simulated, disaggregated and colocated, one page."""
@@ -232,7 +237,9 @@ def validate(trace: TraceArgument) -> None:
     from workloads.trace import open_trace
 
     loaded = open_trace(trace)
-    results.print(f"{trace}: {loaded.frame.height} requests over {loaded.duration_s:.0f} s, all valid")
+    results.print(
+        f"{trace}: {loaded.frame.height} requests over {loaded.duration_s:.0f} s, all valid"
+    )
 
 
 @trace_app.command()
@@ -313,8 +320,9 @@ def main() -> None:
     try:
         app()
     except EXPECTED as error:
-        diagnostics.print(f"mooncake-bench: {error}", style="red", highlight=False, soft_wrap=True,
-                          markup=False)
+        diagnostics.print(
+            f"mooncake-bench: {error}", style="red", highlight=False, soft_wrap=True, markup=False
+        )
         sys.exit(BAD_INPUT)
 
 

@@ -23,7 +23,7 @@ from reference_cluster.cost_model import Profile
 from reference_cluster.live_metrics import LiveMetrics
 from reference_cluster.openai_protocol import (
     Answer,
-    BadRequest,
+    BadRequestError,
     asked_tokens,
     error_body,
     parse_body,
@@ -40,7 +40,7 @@ JSON = "application/json"
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 
-class TooLarge(BadRequest):
+class TooLargeError(BadRequestError):
     """The body is over BODY_BYTES_MAX."""
 
 
@@ -110,7 +110,9 @@ class Front:
 
         async def check(http: HttpRequest) -> Response:
             given = http.headers.get("authorization", "")
-            if self.token and not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+            if self.token and not hmac.compare_digest(
+                given.encode(), f"Bearer {self.token}".encode()
+            ):
                 return error("a bearer token is needed", "authentication_error", 401)
             return await handler(http)
 
@@ -130,9 +132,9 @@ class Front:
         try:
             body = parse_body(await read_body(http), is_chat)
             tokens = prompt_tokens(body)
-        except TooLarge as mistake:
+        except TooLargeError as mistake:
             return error(str(mistake), "invalid_request_error", 413)
-        except BadRequest as mistake:
+        except BadRequestError as mistake:
             return error(str(mistake), "invalid_request_error", 400)
         if len(self.cluster.in_flight) >= IN_FLIGHT_MAX:
             return error("too many requests in flight", "overloaded", 503, "in-flight")
@@ -195,7 +197,7 @@ class Front:
     async def wait_or_hang_up(
         self, http: HttpRequest, request: Request, listener: Listener
     ) -> bool:
-        """Sleep until the listener has news; False, and the request cancelled, if the client left."""
+        """Sleep until there is news; False, and the request cancelled, if the client left."""
         gone = asyncio.create_task(client_left(http, listener), name=f"watch-{request.id}")
         try:
             await listener.changed.wait()
@@ -258,16 +260,16 @@ async def client_left(http: HttpRequest, listener: Listener) -> None:
 
 
 async def read_body(http: HttpRequest) -> bytes:
-    """The whole body, up to BODY_BYTES_MAX; raises BadRequest."""
+    """The whole body, up to BODY_BYTES_MAX; raises BadRequestError."""
     parts, size = [], 0
     try:
         async for part in http.stream():
             size += len(part)
             if size > BODY_BYTES_MAX:
-                raise TooLarge(f"the body exceeds {BODY_BYTES_MAX} bytes")
+                raise TooLargeError(f"the body exceeds {BODY_BYTES_MAX} bytes")
             parts.append(part)
     except ClientDisconnect:
-        raise BadRequest("the client left before its request was complete") from None
+        raise BadRequestError("the client left before its request was complete") from None
     return b"".join(parts)
 
 

@@ -108,9 +108,7 @@ class Cluster:
             engine = self.make_engine(cost)
             settings = config.colocated
             self.colocated.append(
-                ColocatedInstance(
-                    id, cost, engine, pool, config.block_tokens, settings, self.ended
-                )
+                ColocatedInstance(id, cost, engine, pool, config.block_tokens, settings, self.ended)
             )
         self.conductor = Conductor(
             cost,
@@ -138,7 +136,9 @@ class Cluster:
         async with asyncio.TaskGroup() as group:
             for instance in self.instances:
                 group.create_task(instance.run(), name=instance.name)
-            group.create_task(self.samples.run([*map(self.sampled, self.instances)]), name="samples")
+            group.create_task(
+                self.samples.run([*map(self.sampled, self.instances)]), name="samples"
+            )
             if started is not None:
                 started()
 

@@ -30,7 +30,7 @@ class ColocatedInstance:
     is on, the blocks of earlier ones for as long as there is room.
 
     *prefill-first*: a waiting prompt stops all decoding until it is prefilled (vLLM v0.5.1).
-    *chunked*: every step decodes the whole batch and fills the rest of its token budget with prompt.
+    *chunked*: every step decodes the whole batch and fills its token budget with prompt.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ColocatedInstance:
                 free_s = self.loop.time()
 
     def start_waiting(self, start_s: float) -> None:
-        """Give device memory to waiting requests, in order, while there is room for all they need."""
+        """Give device memory to waiting requests, in order, while all they need fits."""
         while self.waiting and self.batch.size + len(self.started) < self.config.batch_max:
             if self.config.batching == "prefill-first" and self.started:
                 return
@@ -175,7 +175,7 @@ class ColocatedInstance:
         return span.end_s
 
     def prefilled(self, filled: list[Chunk], end_s: float) -> None:
-        """Account for computed chunks; prompts that are complete give their first token and join."""
+        """Account for computed chunks; complete prompts give their first token and join."""
         for chunk in filled:
             request = chunk.request
             request.prefilled_tokens = chunk.end

@@ -18,18 +18,14 @@ Batching = Literal["prefill-first", "chunked"]
 System = Literal["disaggregated", "colocated"]
 
 
-class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class Slo(_Section):
+class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the Conductor promises: time to first token, and time between tokens of a decode."""
 
     ttft_s: float = 30.0
     tbt_s: float = 0.1
 
 
-class ConductorConfig(_Section):
+class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where requests go, and which are refused."""
 
     scheduling: Scheduling = "kvcache-centric"
@@ -38,7 +34,7 @@ class ConductorConfig(_Section):
     balancing_threshold: float = 1.3
 
 
-class PrefillConfig(_Section):
+class PrefillConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prefill instances."""
 
     chunk_tokens: int = 8192  # Uncached tokens computed in one go; a cancel acts between chunks.
@@ -46,14 +42,14 @@ class PrefillConfig(_Section):
     dram_tokens: int | None = None  # KV pool a node; None: the profile's.
 
 
-class DecodeConfig(_Section):
+class DecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Decode instances."""
 
     batch_max: int = 256
     device_tokens: int | None = None  # KV in device memory; None: the profile's.
 
 
-class ColocatedConfig(_Section):
+class ColocatedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Instances that prefill and decode, like vLLM."""
 
     batching: Batching = "prefill-first"
@@ -63,13 +59,13 @@ class ColocatedConfig(_Section):
     device_tokens: int | None = None
 
 
-class NetworkConfig(_Section):
+class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Links between nodes; every node has one of each direction, shared by its transfers."""
 
     link_bytes_per_s: float | None = None  # None: the profile's.
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole cluster. Counts are instances, each a node of the profile's GPUs."""
 
     system: System = "disaggregated"

@@ -48,7 +48,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device_kv_tokens: int  # KV that fits beside the weights in the node's device memory.
     dram_kv_tokens: int  # KV that a node gives to the pool.
     link_bytes_per_s: float  # Of a node's NICs, each direction.
-    chunk_factor: float = 1.0  # Dearer computing of a prefill chunk that shares a step with decodes.
+    chunk_factor: float = (
+        1.0  # Dearer computing of a prefill chunk that shares a step with decodes.
+    )
 
 
 class CostModel:

@@ -65,7 +65,7 @@ class DecodeInstance:
             self.expected_kv_tokens -= request.kv_tokens
 
     def join(self, request: Request) -> None:
-        """The request's KV is here. The local scheduler looks at its TBT once more (Mooncake, 4)."""
+        """The request's KV is here. The local scheduler checks its TBT once more."""
         now_s = self.loop.time()
         if self.is_too_busy(request, now_s):
             self.forget(request)
@@ -100,7 +100,7 @@ class DecodeInstance:
                 free_s = self.loop.time()
                 continue
             self.batch.span_start_s = free_s
-            # A torch engine returns after one step, a modelled one after as many as nothing disturbs.
+            # A torch engine returns after one step, a modelled one when something changes.
             span = await self.engine.decode(free_s, self.batch, self.changed)
             free_s = span.end_s
             for request in self.batch.apply(span):

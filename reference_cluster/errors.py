@@ -1,4 +1,4 @@
-"""What can go wrong that is the user's to mend; each message is one line naming place and remedy."""
+"""What can go wrong that a user can mend? Each message is one line with place and remedy."""
 
 from __future__ import annotations
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from reference_cluster.cluster import Cluster
 from reference_cluster.colocated import ColocatedInstance
@@ -18,6 +25,7 @@ class LiveMetrics:
     """Counters and histograms are fed as requests end, gauges read when somebody asks."""
 
     def __init__(self, cluster: Cluster, model: str) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # A second series is noise.
         self.cluster = cluster
         self.registry = CollectorRegistry()
         self.model = model

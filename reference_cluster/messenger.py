@@ -73,9 +73,7 @@ class Messenger:
             handover.flow = Later(self.transport, source, target, size_bytes, handover)
         return handover
 
-    def fetch(
-        self, tokens: int, source: int, target: int, on_done: Callable[[], None]
-    ) -> Flow:
+    def fetch(self, tokens: int, source: int, target: int, on_done: Callable[[], None]) -> Flow:
         """Copy a prefix's KV of `tokens` from one prefill node to another."""
         self.fetched_tokens += tokens
         return self.transport.start(source, target, self.cost.kv_bytes(tokens), on_done)

@@ -25,7 +25,7 @@ STAMPS = (
 )
 
 
-class BadRequest(ValueError):
+class BadRequestError(ValueError):
     """What the client sent cannot be served; the message is one line for people."""
 
 
@@ -57,19 +57,19 @@ DECODER = msgspec.json.Decoder(Body)
 
 
 def parse_body(data: bytes, is_chat: bool) -> Body:
-    """Decode and check a request body; raises BadRequest."""
+    """Decode and check a request body; raises BadRequestError."""
     try:
         body = DECODER.decode(data)
     except msgspec.DecodeError as error:
-        raise BadRequest(f"the body is not a valid request: {error}") from None
+        raise BadRequestError(f"the body is not a valid request: {error}") from None
     if is_chat and not body.messages:
-        raise BadRequest("`messages` is missing or empty")
+        raise BadRequestError("`messages` is missing or empty")
     if not is_chat and not body.prompt:
-        raise BadRequest("`prompt` is missing or empty; give a string or a list of token ids")
+        raise BadRequestError("`prompt` is missing or empty; give a string or a list of token ids")
     if body.n != 1:
-        raise BadRequest("`n` must be 1 here")
+        raise BadRequestError("`n` must be 1 here")
     if asked_tokens(body) < 1:
-        raise BadRequest("`max_tokens` must be at least 1")
+        raise BadRequestError("`max_tokens` must be at least 1")
     return body
 
 
@@ -85,11 +85,11 @@ def prompt_tokens(body: Body) -> Sequence[int]:
     """Token ids of the prompt. Text has one token a whitespace-separated word (no tokenizer)."""
     if isinstance(body.prompt, list):
         if min(body.prompt) < 0 or max(body.prompt) >= 1 << 32:
-            raise BadRequest("`prompt` has a token id outside 0..2^32-1")
+            raise BadRequestError("`prompt` has a token id outside 0..2^32-1")
         return body.prompt
     words = (body.prompt or chat_text(body.messages or [])).split()
     if not words:
-        raise BadRequest("the prompt holds no word")
+        raise BadRequestError("the prompt holds no word")
     return [crc32(word.encode()) for word in words]
 
 

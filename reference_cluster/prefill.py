@@ -95,7 +95,7 @@ class PrefillInstance:
         self.changed.set()
 
     def store(self, queued: Queued, blocks: int) -> None:
-        """Extend what is stored and pinned of a request's chain to `blocks`, if the pool has room."""
+        """Extend what is stored and pinned of a request's chain to `blocks`, where room is."""
         wanted = queued.request.blocks[queued.pinned : blocks]
         self.forget_promises(wanted)
         stored = self.pool.store_pinned(wanted)

@@ -15,7 +15,7 @@ Block = Hashable  # A prefix hash, or a trace's id: equal ids mean equal whole p
 
 @dataclass(slots=True)
 class Timeline:
-    """Seconds on the cluster's clock, None where it has not happened; never decreasing downwards."""
+    """Seconds on the cluster's clock, None where it has not happened; none before the last."""
 
     arrived_s: float
     placed_s: float | None = None

@@ -1,4 +1,4 @@
-"""How is the live cluster started? The same cluster as `simulate`, on the real clock, behind HTTP."""
+"""How is the live cluster started? The cluster of `simulate` on the real clock, behind HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How does an hour of the cluster pass in seconds? An event loop whose clock jumps to the next timer.
+"""How does an hour pass in seconds? An event loop whose clock jumps to the next timer.
 
 `asyncio.BaseEventLoop` works out how long it may sleep and calls `_selector.select(timeout)`; here
 that call moves the clock to the next timer and reports no events. Everything built on timers and
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class Deadlock(RuntimeError):
+class Deadlock(RuntimeError):  # noqa: N818  # the state itself, as people call it
     """Every task waits and no timer is set, so time can never move again."""
 
 
@@ -50,7 +50,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         """Nobody sleeps, so nobody has to be woken."""
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(self, *args: Any) -> Any:  # type: ignore[override]  # never returns
         raise RuntimeError("threads have no place in virtual time: model the work as a sleep")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from reference_cluster.request import Request
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """`reason` is a word for machines; `retry_after_s` a guess when it may be worth trying again."""
+    """`reason` is a word for machines; `retry_after_s` guesses when to try again."""
 
     reason: str  # ttft | tbt | capacity
     retry_after_s: float
@@ -42,7 +43,7 @@ class AcceptAll:
 
 
 class EarlyRejection:
-    """Refuse what would miss its SLO by the loads of this moment (Mooncake, Algorithm 1, line 24)."""
+    """Refuse what would miss its SLO by the loads of this moment (Mooncake, Algorithm 1)."""
 
     is_rechecking = True
 
@@ -61,5 +62,8 @@ class EarlyRejection:
 
 def make_admission(config: ConductorConfig, slo: Slo) -> Admission:
     """The policy that the configuration names."""
-    by_name = {"accept-all": AcceptAll, "early-rejection": EarlyRejection}
+    by_name: dict[str, Callable[[Slo], Admission]] = {
+        "accept-all": AcceptAll,
+        "early-rejection": EarlyRejection,
+    }
     return by_name[config.admission](slo)

@@ -44,7 +44,7 @@ def fill_step(waiting: Iterator[Request], budget_tokens: int) -> list[Chunk]:
 
 @dataclass(slots=True)
 class Member:
-    """A request in a batch: it entered when `joined_step` steps had been done, at a span's start."""
+    """A request in a batch: it entered after `joined_step` steps, at a span's start."""
 
     request: Request
     joined_step: int

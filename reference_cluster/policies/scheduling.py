@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +32,7 @@ class Scheduling(Protocol):
 
 
 class KVCacheCentric:
-    """Weigh queueing, prefix reuse and fetching on every prefill instance (Mooncake, Algorithm 1)."""
+    """Weigh queueing, reuse and fetching on every prefill instance (Mooncake, Algorithm 1)."""
 
     is_fetching = True
 
@@ -54,7 +55,7 @@ class KVCacheCentric:
         return complete(request, view, self.cost, prefill, ttft_s, reused, best_fetch)
 
     def worth_fetching(self, instance: PrefillView, holder: Holder | None) -> Holder | None:
-        """Algorithm 1, line 8: best_len / prefix_len over the threshold; x/0 is over, 0/0 is not."""
+        """Algorithm 1: best_len / prefix_len over the threshold; x/0 is over, 0/0 is not."""
         if not self.is_fetching or holder is None or holder.id == instance.id:
             return None
         is_over = holder.tokens > self.balancing_threshold * instance.reused_tokens
@@ -91,7 +92,7 @@ class LeastLoaded:
 class Random:
     """Any prefill instance, each as likely."""
 
-    def __init__(self, cost: CostModel, config: ConductorConfig, rng: random.Random) -> None:
+    def __init__(self, cost: CostModel, rng: random.Random) -> None:
         self.cost = cost
         self.rng = rng
 
@@ -99,9 +100,7 @@ class Random:
         return here(request, view, self.cost, self.rng.choice(view.prefill))
 
 
-def here(
-    request: Request, view: ClusterView, cost: CostModel, instance: PrefillView
-) -> Placement:
+def here(request: Request, view: ClusterView, cost: CostModel, instance: PrefillView) -> Placement:
     """Placed on a chosen prefill instance, with what its own pool holds."""
     prefill_s = cost.prefill_s(request.input_tokens, instance.reused_tokens)
     ttft_s = instance.queue_s + prefill_s
@@ -140,8 +139,8 @@ def select_decode(request: Request, instances: list[DecodeView], cost: CostModel
 def make_scheduling(config: ConductorConfig, cost: CostModel, seed: int) -> Scheduling:
     """The policy that the configuration names."""
     if config.scheduling == "random":
-        return Random(cost, config, random.Random(seed))
-    by_name = {
+        return Random(cost, random.Random(seed))
+    by_name: dict[str, Callable[[CostModel, ConductorConfig], Scheduling]] = {
         "least-loaded": LeastLoaded,
         "local-cache-aware": LocalCacheAware,
         "kvcache-centric": KVCacheCentric,
