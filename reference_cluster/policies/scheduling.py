@@ -41,18 +41,16 @@ class KVCacheCentric:
         self.balancing_threshold = config.balancing_threshold
 
     def place(self, request: Request, view: ClusterView) -> Placement:
-        best: tuple[float, int] | None = None
-        best_fetch: Holder | None = None
+        options = []
         for instance in view.prefill:
             fetch = self.worth_fetching(instance, view.holder)
             ttft_s = self.ttft_s(request, instance, fetch)
-            # Ties go to the lowest id, so that a seed fixes the whole run.
-            if best is None or ttft_s < best[0]:
-                best, best_fetch = (ttft_s, instance.id), fetch
-        assert best is not None, "a cluster has a prefill instance"
-        ttft_s, prefill = best
-        reused = best_fetch.tokens if best_fetch else view.prefill[prefill].reused_tokens
-        return complete(request, view, self.cost, prefill, ttft_s, reused, best_fetch)
+            # Ties (idle colocated instances) go to the emptiest, then to the lowest id, so that a
+            # seed fixes the whole run.
+            options.append((ttft_s, instance.context_tokens, instance.id, fetch))
+        ttft_s, _, prefill, fetch = min(options, key=lambda option: option[:3])
+        reused = fetch.tokens if fetch else view.prefill[prefill].reused_tokens
+        return complete(request, view, self.cost, prefill, ttft_s, reused, fetch)
 
     def worth_fetching(self, instance: PrefillView, holder: Holder | None) -> Holder | None:
         """Algorithm 1: best_len / prefix_len over the threshold; x/0 is over, 0/0 is not."""

@@ -1,0 +1,43 @@
+# make demo   the tool in three minutes: live and simulated runs, one report
+# make test   lint, types, tests
+# Both set up .venv by themselves; nothing else is needed but Python >= 3.11.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$p && break; done)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check virtual-time bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/mooncake-bench demo --out build/demo
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The cluster in virtual time on another Python: make virtual-time PYTHON=python3.13 VENV=.venvs/313
+virtual-time: $(VENV)/.tested
+	$(BIN)/python -m pytest tests/reference_cluster tests/laws -m "not live and not browser"
+
+bench: $(VENV)/.tested
+	$(BIN)/python tests/bench/simulators.py
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python >= 3.11 with venv is needed (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache
