@@ -56,7 +56,7 @@ class ColocatedInstance:
         self.waiting: deque[Request] = deque()
         self.started: deque[Request] = deque()  # In device memory, prompt not yet done.
         self.memory: dict[int, Memory] = {}
-        self.backlog_s = 0.0  # Predicted prefill time of what waits.
+        self.predicted_s: dict[int, float] = {}  # Prefill time of what waits, by request.
         self.running_end_s = 0.0  # Predicted end of the prefill under way.
         self.changed = asyncio.Event()
 
@@ -64,7 +64,7 @@ class ColocatedInstance:
         return -(-request.kv_tokens // self.block_tokens)
 
     def queue_s(self, now_s: float) -> float:
-        return self.backlog_s + max(0.0, self.running_end_s - now_s)
+        return sum(self.predicted_s.values()) + max(0.0, self.running_end_s - now_s)
 
     def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
         reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
@@ -89,7 +89,8 @@ class ColocatedInstance:
     def accept(self, request: Request, reused_tokens: int) -> None:
         self.waiting.append(request)
         request.timeline.fetched_s = request.timeline.placed_s
-        self.backlog_s += self.cost.prefill_s(request.input_tokens, reused_tokens)
+        predicted_s = self.cost.prefill_s(request.input_tokens, reused_tokens)
+        self.predicted_s[request.id] = predicted_s
         self.changed.set()
 
     async def run(self) -> None:
@@ -106,7 +107,6 @@ class ColocatedInstance:
             elif self.batch.size:
                 free_s = await self.decode(free_s)
             else:
-                self.backlog_s = 0.0  # No rounding residue.
                 await self.changed.wait()
                 free_s = self.loop.time()
 
@@ -119,16 +119,17 @@ class ColocatedInstance:
             needed = self.blocks_needed(request)
             if request.is_cancelled:
                 self.waiting.popleft()
+                del self.predicted_s[request.id]
                 continue
             held = self.reuse(request)
             if not self.pool.can_make_room(needed - held):
                 self.pool.unpin(request.blocks[:held])
                 return
             self.waiting.popleft()
+            del self.predicted_s[request.id]
             self.pool.reserve(needed - held)
             self.memory[request.id] = Memory(needed - held, held)
             predicted_s = self.cost.prefill_s(request.input_tokens, request.reused_tokens)
-            self.backlog_s = max(0.0, self.backlog_s - predicted_s)
             self.running_end_s = max(start_s, self.running_end_s) + predicted_s
             request.timeline.prefill_start_s = max(start_s, request.timeline.fetched_s or start_s)
             self.started.append(request)
@@ -195,6 +196,8 @@ class ColocatedInstance:
 
     def finish(self, request: Request, end_s: float) -> None:
         self.leave(request)
+        if request.is_cancelled:
+            return
         request.status = "finished"
         request.timeline.finished_s = end_s
         self.on_end(request)

@@ -104,6 +104,8 @@ class DecodeInstance:
             span = await self.engine.decode(free_s, self.batch, self.changed)
             free_s = span.end_s
             for request in self.batch.apply(span):
+                if request.is_cancelled:
+                    continue
                 request.status = "finished"
                 request.timeline.finished_s = span.end_s
                 self.on_end(request)

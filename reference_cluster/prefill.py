@@ -128,7 +128,7 @@ class PrefillInstance:
     def take_next(self) -> Queued | None:
         """The first that waits for nothing: a fetch under way does not hold up the others."""
         for position, queued in enumerate(self.queue):
-            if not queued.is_fetching or queued.request.is_cancelled:
+            if not queued.is_fetching:
                 del self.queue[position]
                 self.backlog_s -= queued.predicted_s
                 if not self.queue:
