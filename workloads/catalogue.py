@@ -97,7 +97,8 @@ def fetch(
             f" or put the file at {target}"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
     return target
 
 

@@ -33,6 +33,7 @@ ALIASES = {
 # No serving trace known to us brings more requests a second than this.
 UNLIKELY_RPS = 1000.0
 EPOCH_S, EPOCH_MS = 1e9, 1e11
+LONGEST_MS = 366 * 86_400e3
 
 
 class _Row(msgspec.Struct, gc=False):
@@ -103,6 +104,8 @@ def read_mooncake(
     """A trace from Mooncake JSONL: timestamp, input_length, output_length, hash_ids a line."""
     lines = _Lines(data.removeprefix(b"\xef\xbb\xbf"), path)
     rows = _decode(lines)
+    if not rows:
+        raise TraceError(f"{path}: the file is empty; give {FORMATS}")
     columns = {field: _column(rows, field, lines) for field in ALIASES}
     lists = [row.hash_ids for row in rows]
     if None in lists:
@@ -222,6 +225,10 @@ def _check_rows(columns: dict[str, Any], blocks: Ints, block_tokens: int, lines:
         (~np.isfinite(timestamp), "timestamp is {t}; give a finite number of milliseconds"),
         (timestamp < 0, "timestamp is {t}, negative; count from 0 at the trace's start"),
         (timestamp < earlier, "timestamp {t} is before the row above ({e}); sort by timestamp"),
+        (
+            timestamp - timestamp[0] > LONGEST_MS,
+            "timestamp {t} is more than a year after the first row; give milliseconds",
+        ),
         (tokens_in < 1, "input_length is {i}; every request needs 1 token or more"),
         (tokens_out < 1, "output_length is {o}; every request needs 1 token or more"),
         (
@@ -240,7 +247,7 @@ def _check_rows(columns: dict[str, Any], blocks: Ints, block_tokens: int, lines:
 
 def _number(value: float) -> str:
     """A timestamp as the file would write it: no needless decimals."""
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
+    return f"{value:.0f}" if float(value).is_integer() and value < 1e15 else f"{value:g}"
 
 
 def _seconds(timestamp: Floats, unit: str | None, path: Path) -> tuple[Floats, tuple[str, ...]]:
@@ -302,7 +309,8 @@ def write_mooncake(trace: Trace, path: str | Path) -> None:
                 file.write(encode(row) + b"\n")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
         raise TraceError(f"{path}: cannot be written ({error.strerror}); check the path") from None
 
 

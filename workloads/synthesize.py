@@ -77,7 +77,7 @@ def conversation_like(
     rate_rps: float = 3.4,
     quantise_s: float = 0.0,
 ) -> pl.DataFrame:
-    """Requests like Mooncake's conversation trace (FACTS.md section 4), from cold caches on.
+    """Requests like Mooncake's conversation trace, from cold caches on.
 
     `quantise_s` 3 stamps them as the real trace does, in buckets of 3 s.
     """

@@ -56,13 +56,14 @@ def jitter(trace: Trace, seed: int) -> Trace:
     """
     arrival_s = trace.frame["arrival_s"].to_numpy()
     width_s = bucket_width_s(arrival_s)
-    stamps, bucket = np.unique(arrival_s, return_inverse=True)
-    room_s = np.minimum(np.diff(stamps, append=math.inf), width_s)
+    stamps, bucket = np.unique(np.rint(arrival_s * 1e9), return_inverse=True)
+    room = np.minimum(np.diff(stamps, append=math.inf), width_s * 1e9)
     shares = seeded(seed).random(len(arrival_s))
     # Sorted inside each bucket: the file's order is the order of arrival.
     shares = shares[np.lexsort((shares, bucket))]
-    moved = np.rint((arrival_s + shares * room_s[bucket]) * 1e9) / 1e9
-    frame = trace.frame.with_columns(pl.Series("arrival_s", np.maximum.accumulate(moved)))
+    # Whole nanoseconds, rounded down: nothing reaches the next bucket, and writing loses nothing.
+    moved = (stamps[bucket] + np.floor(shares * room[bucket])) / 1e9
+    frame = trace.frame.with_columns(pl.Series("arrival_s", moved))
     return trace.changed(frame, f"jitter within {width_s:g} s buckets, seed {seed}", jittered=True)
 
 

@@ -25,9 +25,15 @@ def trace_file(name: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def conversation() -> Trace:
+def conversation_file() -> Path:
+    """Mooncake's conversation trace as a file."""
+    return trace_file("conversation_trace.jsonl")
+
+
+@pytest.fixture(scope="session")
+def conversation(conversation_file: Path) -> Trace:
     """Mooncake's conversation trace, whole."""
-    return read_trace(trace_file("conversation_trace.jsonl"))
+    return read_trace(conversation_file)
 
 
 @pytest.fixture(scope="session")

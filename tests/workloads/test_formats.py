@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from workloads.formats import read_azure, read_mooncake
 from workloads.trace import Trace, TraceError, open_trace, read_trace, write_mooncake
 
 AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -79,6 +83,7 @@ def test_ids_are_kept_whole(write, make_row, tmp_path, ids, dtype) -> None:
         ({"timestamp": float("inf")}, "NaN or infinite"),
         ({"timestamp": "0"}, "timestamp is '0'; give milliseconds"),
         ({"timestamp": 2}, "timestamp 2 is before the row above (3000); sort by timestamp"),
+        ({"timestamp": 1e300}, "timestamp 1e+300 is more than a year after the first row"),
         ({"input_length": 0, "hash_ids": []}, "input_length is 0"),
         ({"input_length": 600.5}, "input_length is 600.5; give a whole number"),
         ({"input_length": 10**30}, "give a whole number"),
@@ -101,7 +106,9 @@ def test_a_bad_row_is_named(write, make_row, fields, says) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", ['{"timestamp": 0, "input_le', "[1, 2]", "{]", '{"timestamp": 1e999}'])
+@pytest.mark.parametrize(
+    "line", ['{"timestamp": 0, "input_le', "[1, 2]", "{]", '{"timestamp": 1e999}']
+)
 def test_a_line_that_is_no_object_is_named(write, make_row, line) -> None:
     """A cut or foreign line is refused where it stands."""
     path = write(make_row(), line)
@@ -119,7 +126,7 @@ def test_the_first_bad_row_is_named_not_the_first_broken_rule(write, make_row) -
 def test_seconds_instead_of_milliseconds_are_noticed(write, make_row) -> None:
     """200 requests in 50 'ms' are refused, with the way out; naming the unit reads them."""
     path = write(*(make_row(i / 4) for i in range(200)))
-    with pytest.raises(TraceError, match="look like seconds .* multiply them by 1000"):
+    with pytest.raises(TraceError, match=r"look like seconds .* multiply them by 1000"):
         read_trace(path)
     assert read_trace(path, timestamp_unit="s").duration_s == 49.75
     assert read_trace(path, timestamp_unit="ms").duration_s == 0.04975
@@ -202,20 +209,71 @@ def test_a_trace_that_cannot_be_written_leaves_nothing(make_trace, tmp_path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["trace.jsonl"]
 
 
-def test_the_conversation_trace_is_read_whole_and_fast(conversation: Trace) -> None:
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 1030),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.one_of(st.integers(), st.text(max_size=2), st.none()), max_size=3),
+)
+FIELDS = st.sampled_from(
+    ["timestamp", "created_time", "input_length", "input_tokens", "output_length", "hash_ids"]
+)
+
+
+NUMBERS = st.one_of(st.integers(), st.integers(0, 3), st.floats(0), st.floats())
+IDS = st.lists(st.one_of(st.integers(0, 2**64), st.integers()), min_size=1, max_size=2)
+NEARLY_ROWS = st.fixed_dictionaries(
+    {
+        "timestamp": NUMBERS,
+        "input_length": st.integers(-1, 1024),
+        "output_length": st.integers(0, 3),
+        "hash_ids": IDS,
+    }
+)
+LINES = st.one_of(st.binary(max_size=9), st.dictionaries(FIELDS, VALUES), NEARLY_ROWS)
+
+
+@given(st.one_of(st.lists(LINES), st.lists(NEARLY_ROWS, max_size=3)))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_a_trace_or_one_line(lines) -> None:
+    """Whatever stands in a JSONL file, nothing but a Trace or a TraceError comes out."""
+    data = b"\n".join(
+        line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines
+    )
+    one_line_or_fine(lambda: read_mooncake(data, Path("t.jsonl")))
+
+
+@given(st.lists(st.lists(st.one_of(st.text(max_size=5), st.integers().map(str)), max_size=4)))
+@settings(max_examples=200, deadline=None)
+def test_any_csv_is_a_trace_or_one_line(rows) -> None:
+    """Whatever stands below Azure's header, likewise."""
+    text = "\n".join([AZURE_HEADER, *(",".join(row) for row in rows)])
+    one_line_or_fine(lambda: read_azure(text.encode(errors="replace"), Path("t.csv")))
+
+
+def one_line_or_fine(read: Callable[[], Trace]) -> None:
+    """Runs `read`; a TraceError must be one line."""
+    try:
+        message = "read: " + str(read().frame.height)
+    except TraceError as error:
+        message = str(error)
+    assert len(message.splitlines()) == 1
+    assert message != "read: 0"
+
+
+def test_the_conversation_trace_is_read_whole_and_fast(
+    conversation: Trace, conversation_file: Path
+) -> None:
     """12,031 requests with the published facts; CPU time relative to plain json, not absolute."""
     assert conversation.frame.height == 12_031
     assert round(conversation.duration_s) == 3537
     assert conversation.sha256.startswith("b8cbb061a852")
-    path = Path(conversation_path(conversation))
-    assert cpu_s(lambda: read_trace(path)) < 2 * cpu_s(lambda: plain_json(path))
-
-
-def conversation_path(trace: Trace) -> Path:
-    """The file that the conversation trace came from."""
-    from conftest import trace_file  # noqa: PLC0415
-
-    return trace_file(trace.name + ".jsonl")
+    assert cpu_s(lambda: read_trace(conversation_file)) < 2 * cpu_s(
+        lambda: plain_json(conversation_file)
+    )
 
 
 def plain_json(path: Path) -> list[object]:
