@@ -22,8 +22,8 @@ STAGE_NAMES = {
     "decode": "decode",
     "other": "other",
 }
-UNTIL_FIRST_TOKEN = ("queue", "reuse_load", "prefill", "transfer")
-AFTER_FIRST_TOKEN = ("decode_queue", "decode", "other")
+UNTIL_FIRST_TOKEN = ("queue", "reuse_load", "prefill", "transfer", "other")
+AFTER_FIRST_TOKEN = ("decode_queue", "decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def capacity_bars(
         values = [share[bound] for bound in bounds]
         figure.add_bar(
             name=label,
-            x=[f"TBT ≤ {float(bound) * 1e3:g} ms" for bound in bounds],
+            x=[f"≤ {float(bound) * 1e3:g} ms" for bound in bounds],
             y=values,
             marker={"color": colour, "line_width": 0},
             text=[percent(value) for value in values],
@@ -68,9 +68,9 @@ def capacity_bars(
             textfont={"color": theme.INK},
             hovertemplate="%{text} of requests<extra>%{fullData.name}</extra>",
         )
-    theme.styled(figure, height=300, y="offered requests within SLO")
+    theme.styled(figure, height=300, x="TBT bound", y="offered requests within SLO")
     figure.update_layout(bargap=0.32, bargroupgap=0.08)
-    figure.update_xaxes(showgrid=False, tickfont={"color": theme.INK})
+    figure.update_xaxes(showgrid=False, tickangle=0, tickfont={"color": theme.INK})
     figure.update_yaxes(**_SHARE_AXIS)
     return figure
 
@@ -111,6 +111,37 @@ def attainment_curve(curves: Sequence[Curve], bound_s: float) -> go.Figure:
     return figure
 
 
+def attainment_by_rate(curves: Sequence[Curve], target: float) -> go.Figure:
+    """Attainment over offered rate, a point a run, with the target: offered_rps, attainment."""
+    figure = go.Figure()
+    for curve in curves:
+        figure.add_scatter(
+            name=curve.label,
+            x=curve.frame["offered_rps"],
+            y=curve.frame["attainment"],
+            mode="lines+markers",
+            line={"color": curve.colour, "width": 2.5},
+            marker={"size": 8},
+            cliponaxis=False,
+            hovertemplate="%{x:.3g} req/s: %{y:.1%}<extra>%{fullData.name}</extra>",
+        )
+    theme.styled(figure, height=320, x="offered requests/s", y="offered requests within SLO")
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(**_SHARE_AXIS)
+    figure.add_hline(y=target, line={"color": theme.QUIET, "width": 1, "dash": "4px,3px"})
+    figure.add_annotation(
+        x=0,
+        xref="paper",
+        xanchor="left",
+        y=target,
+        yanchor="top",
+        showarrow=False,
+        text=f"target {percent(target)}",
+        font={"color": theme.QUIET, "size": 12},
+    )
+    return figure
+
+
 def stage_bars(bars: Sequence[Bar], stages: Sequence[str]) -> go.Figure:
     """Where the mean request spent its seconds: one stacked bar a run (or a class of a run)."""
     shown = visible_stages(bars, stages)
@@ -126,7 +157,11 @@ def stage_bars(bars: Sequence[Bar], stages: Sequence[str]) -> go.Figure:
             x=lengths,
             orientation="h",
             marker={"color": theme.STAGE_COLOURS[stage], "line_width": 0},
-            text=[seconds(value) if value > 0.11 * longest else "" for value in lengths],
+            text=[
+                # The whole bar is named at its end, a sliver has no room for a name.
+                seconds(value) if 0.16 * longest < value < 0.97 * _total(bar, shown) else ""
+                for value, bar in zip(lengths, bars, strict=True)
+            ],
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
@@ -135,7 +170,7 @@ def stage_bars(bars: Sequence[Bar], stages: Sequence[str]) -> go.Figure:
             hovertemplate="%{customdata}<br>%{x:.3f} s<extra>%{fullData.name}</extra>",
         )
     theme.styled(figure, height=72 + 34 * len(bars), x="mean seconds a finished request")
-    figure.update_layout(barmode="stack", bargap=0.3)
+    figure.update_layout(barmode="stack", bargap=0.3, margin_t=4)
     figure.update_yaxes(
         autorange="reversed",
         showgrid=False,
@@ -170,8 +205,11 @@ def load_over_time(curves: Sequence[Curve]) -> go.Figure:
     for row, curve in enumerate(curves, start=1):
         _band(figure, curve, row)
     theme.styled(figure, height=70 + 132 * len(curves))
-    figure.update_yaxes(rangemode="tozero", nticks=4)
+    figure.update_yaxes(nticks=4)
     for row, curve in enumerate(curves, start=1):
+        # The limit is in every panel, however far the load stays below it.
+        highest = max(1.0, *curve.frame["high"]) if curve.frame.height else 1.0
+        figure.update_yaxes(range=[0, highest * 1.1], row=row, col=1)
         figure.add_hline(
             y=1.0, row=row, col=1, line={"color": theme.QUIET, "width": 1, "dash": "4px,3px"}
         )

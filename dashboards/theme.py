@@ -35,7 +35,6 @@ GRID = "rgb(221, 221, 221)"
 
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _CONFIG = {"displayModeBar": False, "responsive": True, "displaylogo": False}
-_TICKS_S = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5)]
 
 
 def system_colours(systems: Iterable[str]) -> list[str]:
@@ -58,7 +57,7 @@ def styled(figure: go.Figure, *, height: int, x: str = "", y: str = "") -> go.Fi
         template="none",
         height=height,
         autosize=True,
-        margin={"l": 8, "r": 12, "t": 24, "b": 8},
+        margin={"l": 8, "r": 14, "t": 22, "b": 8},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": _FONT, "size": 12.5, "color": INK},
@@ -87,14 +86,17 @@ def styled(figure: go.Figure, *, height: int, x: str = "", y: str = "") -> go.Fi
 
 def seconds_log_axis(low_s: float, high_s: float) -> dict[str, object]:
     """A logarithmic axis of seconds from `low_s` to `high_s`, labelled the way people say them."""
-    ticks = [tick for tick in _TICKS_S if low_s * 0.999 <= tick <= high_s * 1.001]
-    # 1-2-5 while there is room, decades when not.
-    if len(ticks) > 8:
-        ticks = [tick for tick in ticks if math.isclose(math.log10(tick) % 1, 0, abs_tol=1e-9)]
+    # As dense as five labels side by side on a phone allow.
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**power for power in range(-6, 6) for digit in digits]
+        ticks = [tick for tick in ticks if low_s <= tick <= high_s]
+        if len(ticks) <= 5:
+            break
     return {
         "type": "log",
         "range": [math.log10(low_s), math.log10(high_s)],
         "tickvals": ticks,
+        "tickangle": 0,
         "ticktext": [f"{tick:g} s" if tick >= 1 else f"{tick * 1e3:g} ms" for tick in ticks],
     }
 

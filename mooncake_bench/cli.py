@@ -256,11 +256,17 @@ def generate(
 
 
 @trace_app.command()
-def convert(trace: TraceArgument, out: Annotated[Path, typer.Option()]) -> None:
+def convert(
+    trace: TraceArgument,
+    out: Annotated[Path, typer.Option(help="Mooncake JSON lines to write")],
+    timestamp_unit: Annotated[
+        str | None, typer.Option(help="ms | s, where the file's own is not plain")
+    ] = None,
+) -> None:
     """Write a trace of another format as Mooncake JSON lines."""
     from workloads.trace import open_trace, write_mooncake
 
-    write_mooncake(open_trace(trace), out)
+    write_mooncake(open_trace(trace, timestamp_unit=timestamp_unit), out)
     results.print(str(out), highlight=False, soft_wrap=True)
 
 

@@ -55,10 +55,16 @@ class Comparison:
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
     """Group runs that may be compared, in the order in which they were given."""
-    groups: dict[tuple[object, ...], list[Run]] = {}
+    groups: list[tuple[object, list[Run]]] = []
     for run in runs:
-        groups.setdefault(_likeness(run.info), []).append(run)
-    return [Comparison(tuple(_sides(group))) for group in groups.values()]
+        likeness = _likeness(run.info)
+        mates = (mates for like, mates in groups if like == likeness and _same_rate(mates[0], run))
+        found = next(mates, None)
+        if found is None:
+            groups.append((likeness, [run]))
+        else:
+            found.append(run)
+    return [Comparison(tuple(_sides(group))) for _, group in groups]
 
 
 def headline(comparison: Comparison) -> str:
@@ -69,6 +75,8 @@ def headline(comparison: Comparison) -> str:
     at = f"At {rate:.3g} req/s of {comparison.trace_name}, " if rate else ""
     bounds = f"TTFT ≤ {seconds(slo.ttft_s)} and TBT ≤ {seconds(slo.tbt_s)}"
     first = ranked[0]
+    if not any(side.frame.height for side in ranked):
+        return f"No request was offered to {_listed([side.name for side in ranked])}."
     shares = f"{first.name} met {bounds} for {percent(first.attainment)} of requests"
     if len(ranked) == 1:
         sentence = f"{at}{shares}: {first.goodput_rps:.3g} req/s of goodput."
@@ -94,7 +102,11 @@ def verdict(comparison: Comparison) -> str:
         return f"{first.goodput_rps:.3g} req/s of goodput against none"
     if first.goodput_rps == 0:
         return f"no goodput against {second.goodput_rps:.3g} req/s"
-    return f"{first.goodput_rps / second.goodput_rps:.2g} times the goodput"
+    ratio = first.goodput_rps / second.goodput_rps
+    # Near 1 two digits would hide the difference.
+    return (
+        f"{ratio:.3g} times the goodput" if _is_close(ratio) else f"{ratio:.2g} times the goodput"
+    )
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -103,16 +115,65 @@ def remarks(comparison: Comparison) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """One system under the same traffic at several rates."""
+
+    short: str
+    name: str
+    system: str
+    points: pl.DataFrame  # offered_rps (rising), attainment
+
+
+def ladders(groups: Sequence[Comparison]) -> list[tuple[Comparison, list[Ladder]]]:
+    """Systems that met one trace at two rates or more, by trace, kind and SLO.
+
+    Each entry carries the first of its comparisons, for the names of its traffic and its SLO.
+    """
+    kinds: dict[tuple[object, ...], tuple[Comparison, dict[str, list[Side]]]] = {}
+    for group in groups:
+        kind, trace, _, slo = _likeness(group.sides[0].run.info)
+        _, systems = kinds.setdefault((kind, trace, slo), (group, {}))
+        for side in group.sides:
+            systems.setdefault(side.short, []).append(side)
+    found = [
+        (first, [_ladder(sides) for sides in systems.values()]) for first, systems in kinds.values()
+    ]
+    # A single rate is already told by its own comparison.
+    return [(first, rungs) for first, rungs in found if any(r.points.height > 1 for r in rungs)]
+
+
+def capacity(ladder: Ladder) -> str:
+    """The highest rate up to which every tried rate was within the target: one sentence."""
+    rates, shares = ladder.points["offered_rps"], ladder.points["attainment"]
+    held = 0
+    while held < len(shares) and shares[held] >= TARGET_ATTAINMENT:
+        held += 1
+    target = percent(TARGET_ATTAINMENT)
+    if held == 0:
+        return f"{ladder.name} was below {target} already at {rates[0]:.3g} req/s."
+    if held == len(shares):
+        return f"{ladder.name} held {target} up to {rates[-1]:.3g} req/s, the highest rate tried."
+    return (
+        f"{ladder.name} held {target} at {rates[held - 1]:.3g} req/s and no longer at "
+        f"{rates[held]:.3g} req/s: its capacity is between."
+    )
+
+
 def is_tie(first: Side, second: Side) -> bool:
     """Whether the attainments differ by less than a point, or than chance with so few requests.
 
     Chance: two standard errors of a difference of shares, as if requests were independent. They
     are not, which makes the real uncertainty larger: only repeated runs (`compare`) measure it.
     """
+    lead = first.attainment - second.attainment
+    # More requests within their SLOs, but at a lower rate: only the run's last requests differ.
+    if lead * (first.goodput_rps - second.goodput_rps) <= 0:
+        return True
     share = (first.attainment + second.attainment) / 2
     count = min(first.frame.height, second.frame.height)
-    error = math.sqrt(2 * share * (1 - share) / count) if count else 1.0
-    return abs(first.attainment - second.attainment) < max(0.01, 2 * error)
+    error = math.sqrt(2 * share * (1 - share) / count)
+    return abs(lead) < max(0.01, 2 * error)
 
 
 def _answer(comparison: Comparison) -> str:
@@ -124,6 +185,13 @@ def _answer(comparison: Comparison) -> str:
         return "Neither system serves this traffic at this rate: offer less, or add instances."
     if is_tie(first, second):
         return "On this evidence disaggregation makes no difference for this traffic at this rate."
+    if (
+        first.goodput_rps
+        and second.goodput_rps
+        and _is_close(first.goodput_rps / second.goodput_rps)
+    ):
+        side = "ahead" if first.attainment > second.attainment else "behind"
+        return f"For this traffic at this rate, disaggregation is {side}, but by little."
     if first.attainment > second.attainment:
         return "For this traffic at this rate, disaggregation pays."
     return "For this traffic at this rate, disaggregation does not pay."
@@ -180,7 +248,20 @@ def _fairness(comparison: Comparison) -> list[str]:
         found.append(f"Not the same hardware: {sizes} instances.")
     if len({side.run.summary.get("offered") for side in comparison.sides}) > 1:
         found.append("Not the same number of requests was offered to each; a run was cut short.")
+    hits = {side.name: side.run.summary.get("prefix_hit_ratio") for side in comparison.sides}
+    known = {name: hit for name, hit in hits.items() if hit is not None}
+    without = [name for name, hit in known.items() if hit == 0]
+    best = max(known, key=lambda name: known[name], default="")
+    if without and known[best] > 0.02:
+        found.append(
+            f"{_listed(without)} reused no prefix, {best} {percent(known[best])} of its input: "
+            "part of the difference is reuse, which the other could have too (prefix caching)."
+        )
     return found
+
+
+def _is_close(ratio: float) -> bool:
+    return 0.9 < ratio < 1.1
 
 
 def contenders(comparison: Comparison) -> list[Side]:
@@ -201,6 +282,12 @@ def _likeness(info: RunInfo) -> tuple[object, ...]:
         re.sub(r",? *seed \d+", "", str(step)) for step in info.trace.get("transforms") or ()
     )
     return kind, info.trace.get("sha256", info.trace.get("name")), transforms, info.slo
+
+
+def _same_rate(first: Run, second: Run) -> bool:
+    """Within a few percent: jitter moves the last arrival, another speed moves it further."""
+    rates = [run.summary.get("offered_rps") or 0.0 for run in (first, second)]
+    return max(rates) <= 1.03 * min(rates)
 
 
 def _sides(runs: Sequence[Run]) -> list[Side]:
@@ -241,6 +328,19 @@ def _instances(run: Run) -> int | None:
     """How many instances the run had, if it says."""
     match = re.match(r"(\d+)P\+(\d+)D|(\d+) colocated", _short_name(run))
     return sum(int(count) for count in match.groups() if count) if match else None
+
+
+def _ladder(sides: Sequence[Side]) -> Ladder:
+    points = pl.DataFrame(
+        {
+            "offered_rps": [side.run.summary.get("offered_rps") for side in sides],
+            "attainment": [side.attainment for side in sides],
+        },
+        schema={"offered_rps": pl.Float64, "attainment": pl.Float64},
+    )
+    first = sides[0]
+    system = first.run.info.system
+    return Ladder(first.short, first.name, system, points.drop_nulls().sort("offered_rps"))
 
 
 def _seen(run: Run, role: str) -> int:

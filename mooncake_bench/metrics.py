@@ -153,6 +153,7 @@ def misses(frame: pl.DataFrame, slo: Slo) -> dict[str, int]:
 
 
 # --- Frames for figures -------------------------------------------------------------------------
+# Groups keep their order: sums in another order differ in the last bit, and so would the page.
 
 
 def cumulative_shares(frame: pl.DataFrame, column: str, points: int = 400) -> pl.DataFrame:
@@ -224,9 +225,9 @@ def load_over_time(samples: pl.DataFrame, bins: int = 120) -> pl.DataFrame:
     return (
         samples.filter(pl.col("load").is_finite())
         .with_columns(_bin("time_s", width, bins))
-        .group_by("role", "instance", "bin")
+        .group_by("role", "instance", "bin", maintain_order=True)
         .agg(pl.col("load").mean())
-        .group_by("role", "bin")
+        .group_by("role", "bin", maintain_order=True)
         .agg(
             pl.col("load").mean().alias("mean"),
             pl.col("load").min().alias("low"),
@@ -243,7 +244,7 @@ def hits_over_time(frame: pl.DataFrame, bins: int = 60) -> pl.DataFrame:
     width = _bin_width(known["arrival_s"], bins)
     return (
         known.with_columns(_bin("arrival_s", width, bins))
-        .group_by("bin")
+        .group_by("bin", maintain_order=True)
         .agg(pl.col("reused_tokens").sum() / pl.col("input_tokens").sum())
         .sort("bin")
         .select(_middle(width), pl.col("reused_tokens").alias("hit_ratio"))
@@ -258,7 +259,7 @@ def pool_fill_over_time(samples: pl.DataFrame, bins: int = 60) -> pl.DataFrame:
     width = _bin_width(pools["time_s"], bins)
     return (
         pools.with_columns(_bin("time_s", width, bins))
-        .group_by("bin")
+        .group_by("bin", maintain_order=True)
         .agg(pl.col("pool_used_blocks").sum() / pl.col("pool_capacity_blocks").sum())
         .sort("bin")
         .select(_middle(width), pl.col("pool_used_blocks").alias("fill"))
@@ -271,7 +272,7 @@ def refusals_over_time(frame: pl.DataFrame, bins: int = 40) -> pl.DataFrame:
     return (
         frame.filter(pl.col("status") != "finished")
         .with_columns(_bin("arrival_s", width, bins), pl.col("reason").fill_null("no reason given"))
-        .group_by("status", "reason", "bin")
+        .group_by("status", "reason", "bin", maintain_order=True)
         .agg((pl.len() / width).alias("requests_per_s"))
         .sort("status", "reason", "bin")
         .select(_middle(width), "status", "reason", "requests_per_s")
@@ -361,7 +362,7 @@ def _refusals(frame: pl.DataFrame) -> dict[str, Any]:
 
 
 def _load_by_role(samples: pl.DataFrame) -> dict[str, dict[str, float | None]]:
-    loads = samples.group_by("role").agg(
+    loads = samples.group_by("role", maintain_order=True).agg(
         pl.col("load").mean().alias("mean"), pl.col("load").max().alias("max")
     )
     return {

@@ -173,6 +173,7 @@ def read_run(directory: Path) -> Run:
 def conform(frame: pl.DataFrame, table: str) -> pl.DataFrame:
     """Return `frame` with exactly the columns of `table` (requests, spans, samples), cast.
 
+    NaN becomes null.
     Raises RecordsError naming the column that is unknown, missing, null or of another type.
     """
     schema = _SCHEMAS[table]
@@ -181,6 +182,8 @@ def conform(frame: pl.DataFrame, table: str) -> pl.DataFrame:
         raise RecordsError(f"{table}: unknown column {unknown[0]!r}; known are {', '.join(schema)}")
     if not frame.columns:
         return pl.DataFrame(schema=schema)
+    # A producer that fills numpy arrays says NaN for "never happened".
+    frame = frame.with_columns(pl.selectors.float().fill_nan(None))
     for name in _NEVER_NULL[table]:
         if name not in frame.columns:
             raise RecordsError(f"{table}: column {name!r} is missing; every row needs it")

@@ -37,7 +37,7 @@ def write_report(
     sections = [_section(group, f"g{index}") for index, group in enumerate(groups)]
     body = (
         f"<header><h1>{escape(title)}</h1>{_in_short(groups)}</header>"
-        f"<main>{''.join(sections)}</main><footer>{_WORDS}</footer>"
+        f"<main>{_rates(groups)}{''.join(sections)}</main><footer>{_WORDS}</footer>"
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,34 @@ def _in_short(groups: Sequence[Comparison]) -> str:
     return f'<ul class="short">{"".join(items)}</ul>'
 
 
+def _rates(groups: Sequence[Comparison]) -> str:
+    """Where one traffic was replayed at several rates: how much each system can take."""
+    parts = []
+    for index, (first, ladders) in enumerate(findings.ladders(groups)):
+        colours = theme.system_colours(ladder.system for ladder in ladders)
+        named = list(zip(ladders, colours, strict=True))
+        kind = "simulated" if first.is_simulated else "live"
+        plot = figures.attainment_by_rate(
+            [Curve(escape(ladder.short), colour, ladder.points) for ladder, colour in named],
+            findings.TARGET_ATTAINMENT,
+        )
+        sentences = "".join(page.paragraph(_capital(findings.capacity(rung))) for rung in ladders)
+        drawn = page.figure(
+            plot,
+            f"rates{index}",
+            f"Attainment by offered rate: {first.trace_name}, {kind}",
+            f"Share of offered requests within {first.slo}. Each point is a run.",
+            legend=[(ladder.short, colour) for ladder, colour in named],
+            wide=True,
+        )
+        parts.append(sentences + page.figures([drawn]))
+    return f"<h3>How much can it take within the SLOs?</h3>{''.join(parts)}" if parts else ""
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
 def _short_verdict(group: Comparison) -> str:
     names = [side.short for side in findings.contenders(group)[:2]]
     return f"{' against '.join(names)}: {findings.verdict(group)}"
@@ -73,7 +101,7 @@ def _section(group: Comparison, key: str) -> str:
         *[page.paragraph(sentence) for sentence in findings.remarks(group)],
         page.paragraph(_origin_of_times(group), "quiet small modelled"),
         f'<div class="cards">{"".join(map(_card, group.sides, colours))}</div>',
-        page.table("numbers", _heads(group, colours), _number_rows(group)),
+        page.table("numbers", _legend(group, colours), _number_rows(group)),
         "<h3>How much of it is within the SLOs?</h3>",
         _capacity(group, colours, key),
         "<h3>How long do users wait?</h3>",
@@ -190,7 +218,7 @@ def _number_rows(group: Comparison) -> list[tuple[str, list[str]] | None]:
         *counts,
         None,
         row("attainment", percent, "attainment"),
-        row("goodput", _rate("req/s"), "goodput_rps"),
+        row("goodput (req/s)", _rate, "goodput_rps"),
         *capacities,
         None,
         *times[:3],
@@ -199,8 +227,8 @@ def _number_rows(group: Comparison) -> list[tuple[str, list[str]] | None]:
         None,
         row("prefix hit ratio", percent, "prefix_hit_ratio"),
         row("prefill engine time a request", seconds, "prefill_busy_s_mean"),
-        row("output", _rate("tokens/s"), "output_tokens_per_s"),
-        row("prefill wasted on refused requests", _tokens, "wasted_prefill_tokens"),
+        row("output (tokens/s)", _rate, "output_tokens_per_s"),
+        row("prefill wasted on refused requests (tokens)", _count, "wasted_prefill_tokens"),
     ]
 
 
@@ -216,6 +244,7 @@ def _fact_rows(group: Comparison) -> list[tuple[str, list[str]] | None]:
             lambda run: "; ".join(map(str, run.info.trace.get("transforms") or ())) or "none",
         ),
         ("arrivals jittered", lambda run: "yes" if run.info.trace.get("jittered") else "no"),
+        ("speed", _speed),
         ("seed", lambda run: str(run.info.seed)),
         ("profile", lambda run: str(run.info.profile.get("name", NOTHING))),
         ("its source", lambda run: str(run.info.profile.get("source", NOTHING))),
@@ -235,6 +264,11 @@ def _validity(run: Run) -> str:
 def _trace(run: Run) -> str:
     sha256 = str(run.info.trace.get("sha256", "unknown"))
     return f"{run.info.trace.get('name', 'unnamed')}, sha256 {sha256}"
+
+
+def _speed(run: Run) -> str:
+    speed = run.info.trace.get("speed", 1.0)
+    return "the trace's own" if speed == 1 else f"{speed:g} times the trace's"
 
 
 def _lag(run: Run) -> str:
@@ -277,17 +311,10 @@ def _count(value: int | None) -> str:
     return NOTHING if value is None else f"{value:,}"
 
 
-def _rate(unit: str) -> Callable[[float | None], str]:
-    def show(value: float | None) -> str:
-        if value is None:
-            return NOTHING
-        return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-
-    return show
-
-
-def _tokens(value: int | None) -> str:
-    return NOTHING if value is None else f"{value:,} tokens"
+def _rate(value: float | None) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # --- Figures ------------------------------------------------------------------------------------
@@ -351,6 +378,8 @@ def _cumulative(
 
 
 def _stages(group: Comparison, key: str) -> str:
+    if not any(side.run.summary["finished"] for side in group.sides):
+        return page.paragraph("No request finished.", "quiet")
     whole = [Bar(escape(side.short), metrics.stage_means(side.frame)) for side in group.sides]
     edges = metrics.input_quartiles([side.frame for side in group.sides])
     by_side = [metrics.stages_by_input(side.frame, edges) for side in group.sides]

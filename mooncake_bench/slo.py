@@ -14,7 +14,7 @@ NOTHING = "\N{EN DASH}"
 """What stands where there is no number."""
 
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-_TERM = re.compile(r"(?P<what>[a-z]+)\s*<=?\s*(?P<number>[0-9.eE+-]+)\s*(?P<unit>[a-z]*)")
+_TERM = re.compile(r"(?P<what>[a-z][a-z0-9]*)\s*<=?\s*(?P<number>[0-9.eE+-]+)\s*(?P<unit>[a-z]*)")
 
 
 class SloError(ValueError):

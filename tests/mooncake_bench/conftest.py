@@ -68,7 +68,7 @@ def made_up_run(
         "client": {} if source == "simulated" else {"cpu": 0.31},
         "started_at": "2026-03-02T10:15:00+00:00",
     }
-    samples = _samples(rng, float(frame["arrival_s"].max()), instances, slow, system)
+    samples = _samples(rng, float(frame["arrival_s"][-1]), instances, slow, system)
     return records.write_run(
         directory, RunInfo(**{**described, **info}), frame.drop("end_s"), spans, samples
     )
@@ -180,8 +180,8 @@ def _samples(
 
 @pytest.fixture
 def a_run(tmp_path: Path) -> Callable[..., Run]:
-    """Makes a run in a directory of its own: `a_run("name", system=..., ...)`."""
-    return lambda name, **options: made_up_run(tmp_path / name, **options)
+    """Makes a run in a directory of its own: `a_run("directory", system=..., ...)`."""
+    return lambda directory, /, **options: made_up_run(tmp_path / directory, **options)
 
 
 @pytest.fixture
