@@ -61,7 +61,7 @@ class Cluster:
         self.transport = ModelledTransport(nodes, link)
         self.messenger = Messenger(self.transport, cost, config.prefill.layerwise)
         index = PrefixIndex(config.prefill_instances)
-        admission = make_admission(config.conductor, config.slo)
+        admission = make_admission(config.conductor, config.slo, cost)
         capacity = config.decode.device_tokens or profile.device_kv_tokens
         dram_blocks = (config.prefill.dram_tokens or profile.dram_kv_tokens) // config.block_tokens
         for id in range(config.prefill_instances):
@@ -113,7 +113,7 @@ class Cluster:
         self.conductor = Conductor(
             cost,
             make_scheduling(config.conductor, cost, config.seed),
-            make_admission(config.conductor, config.slo),
+            make_admission(config.conductor, config.slo, cost),
             self.colocated,
             self.colocated,
             index,
@@ -147,8 +147,8 @@ class Cluster:
     def submit(self, request: Request) -> Rejected | None:
         """Let a request in now, or not; how it ends is told to its sink and to `on_end`."""
         now_s = self.loop.time()
+        decision = self.conductor.decide(request, self.in_flight.values(), now_s)
         self.in_flight[request.id] = request
-        decision = self.conductor.decide(request, now_s)
         if isinstance(decision, Rejected):
             request.status, request.reason = "rejected", decision.reason
             self.ended(request)
@@ -219,8 +219,8 @@ class Cluster:
 
     def transferred(self, request: Request, decode: DecodeInstance) -> None:
         """All KV is at the decode instance."""
-        request.timeline.transferred_s = self.loop.time()
-        if not request.is_cancelled:
+        if not request.has_ended:
+            request.timeline.transferred_s = self.loop.time()
             decode.join(request)
 
     def cancel(self, request: Request, reason: str = "client disconnected") -> None:
@@ -241,6 +241,8 @@ class Cluster:
     def ended(self, request: Request) -> None:
         """Finished, rejected or failed: the last that happens to a request."""
         del self.in_flight[request.id]
+        if request.status == "finished":
+            self.conductor.learn(request)
         if request.timeline.finished_s is None:
             request.timeline.finished_s = self.loop.time()
         self.counts[request.status] += 1

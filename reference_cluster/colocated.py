@@ -76,9 +76,11 @@ class ColocatedInstance:
     def decode_view(self, now_s: float) -> DecodeView:
         coming = [*self.waiting, *self.started]
         waiting_blocks = sum(self.blocks_needed(request) for request in self.waiting)
-        free_blocks = self.pool.capacity - self.pool.reserved - waiting_blocks
+        running_blocks = self.pool.reserved + len(self.pool.pins)
+        free_blocks = self.pool.capacity - running_blocks - waiting_blocks
         return DecodeView(
             self.id,
+            self.name,
             self.batch.size,
             self.batch.context_tokens_at(now_s, self.cost),
             len(coming),
@@ -117,10 +119,6 @@ class ColocatedInstance:
                 return
             request = self.waiting[0]
             needed = self.blocks_needed(request)
-            if request.is_cancelled:
-                self.waiting.popleft()
-                del self.predicted_s[request.id]
-                continue
             held = self.reuse(request)
             if not self.pool.can_make_room(needed - held):
                 self.pool.unpin(request.blocks[:held])
@@ -231,6 +229,9 @@ class ColocatedInstance:
 
     def cancel(self, request: Request) -> None:
         """The client has gone: leave at the next step boundary (`is_cancelled` is set)."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+            del self.predicted_s[request.id]
         self.changed.set()
 
     def check_integrity(self) -> None:

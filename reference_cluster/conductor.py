@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from reference_cluster.blocks import reusable_tokens
@@ -13,6 +13,8 @@ from reference_cluster.policies.scheduling import Placement, Scheduling
 from reference_cluster.policies.view import ClusterView, DecodeView, Holder, PrefillView
 from reference_cluster.request import Request
 from reference_cluster.transports.base import Transport
+
+FORGETTING = 0.02  # Share of the newest in the learned mean decode time.
 
 
 class Prefilling(Protocol):
@@ -53,24 +55,36 @@ class Conductor:
         self.transport = transport
         self.block_tokens = block_tokens
         self.capacity_tokens = capacity_tokens
+        self.decode_s: float | None = None
 
-    def decide(self, request: Request, now_s: float) -> Placement | Rejected:
+    def decide(
+        self, request: Request, in_flight: Collection[Request], now_s: float
+    ) -> Placement | Rejected:
         """Place the request, unless it cannot or should not be served."""
         if request.kv_tokens > self.capacity_tokens:
             return Rejected("too-large", 0.0)
-        view = self.view(request, now_s)
+        view = self.view(request, in_flight, now_s)
         placement = self.scheduling.place(request, view)
         request.predicted_ttft_s, request.predicted_tbt_s = placement.ttft_s, placement.tbt_s
         rejected = self.admission.admit(request, placement, view)
         return rejected or placement
 
-    def view(self, request: Request, now_s: float) -> ClusterView:
+    def view(self, request: Request, in_flight: Collection[Request], now_s: float) -> ClusterView:
         """Everything a policy may see, at `now_s`."""
         held = self.index.match(request.blocks)
         prefill = [one.view(request, held[one.id], now_s) for one in self.prefill]
         decode = [one.decode_view(now_s) for one in self.decode]
         holder = self.best_holder(request, held)
-        return ClusterView(now_s, prefill, decode, holder, self.transport is None)
+        is_colocated = self.transport is None
+        return ClusterView(now_s, prefill, decode, holder, is_colocated, in_flight, self.decode_s)
+
+    def learn(self, request: Request) -> None:
+        """A request has finished: how long do decodes last? (A mean that forgets slowly.)"""
+        stamps = request.timeline
+        if request.output_tokens > 1 and stamps.finished_s and stamps.first_token_s:
+            decode_s = stamps.finished_s - stamps.first_token_s
+            before_s = decode_s if self.decode_s is None else self.decode_s
+            self.decode_s = before_s + FORGETTING * (decode_s - before_s)
 
     def best_holder(self, request: Request, held: list[int]) -> Holder | None:
         """FindBestPrefixMatch; of equals, whoever can send fastest. None if nobody could gain."""

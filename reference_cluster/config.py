@@ -13,7 +13,7 @@ import msgspec
 from reference_cluster.errors import ConfigError
 
 Scheduling = Literal["random", "least-loaded", "local-cache-aware", "kvcache-centric"]
-Admission = Literal["accept-all", "early-rejection"]
+Admission = Literal["accept-all", "load-based", "early-rejection", "predictive"]
 Batching = Literal["prefill-first", "chunked"]
 System = Literal["disaggregated", "colocated"]
 
@@ -32,6 +32,8 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admission: Admission = "accept-all"
     # Fetch a prefix when the best holder's is more than this many times the instance's own.
     balancing_threshold: float = 1.3
+    # Predictive admission: how long every decode is taken to last; None: learned from the finished.
+    decode_s: float | None = None
 
 
 class PrefillConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,9 +98,15 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "sample_every_s": self.sample_every_s,
             "slo.ttft_s": self.slo.ttft_s,
             "slo.tbt_s": self.slo.tbt_s,
+            "conductor.balancing_threshold": self.conductor.balancing_threshold,
+            "conductor.decode_s": self.conductor.decode_s,
+            "prefill.dram_tokens": self.prefill.dram_tokens,
+            "decode.device_tokens": self.decode.device_tokens,
+            "colocated.device_tokens": self.colocated.device_tokens,
+            "network.link_bytes_per_s": self.network.link_bytes_per_s,
         }
         for name, count in counts.items():
-            if not count > 0:
+            if count is not None and not count > 0:
                 raise ValueError(f"{name} is {count}; it must be positive")
         if self.colocated.step_tokens_max <= self.colocated.batch_max:
             raise ValueError("colocated.step_tokens_max must exceed colocated.batch_max")
@@ -123,7 +131,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
             fields = msgspec.toml.decode(path.read_bytes())
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; give an existing file") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid TOML ({error}); mend the file") from None
     for dotted, value in overrides.items():
         if value is not None:
@@ -131,6 +139,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
             section = fields
             for name in sections:
                 section = section.setdefault(name, {})
+                if not isinstance(section, dict):
+                    raise ConfigError(f"{place}: {name} is {section!r}; make it a section [{name}]")
             section[key] = value
     try:
         return msgspec.convert(fields, ClusterConfig)

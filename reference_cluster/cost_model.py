@@ -126,6 +126,8 @@ def load_profile(name: str, overrides: Mapping[str, object] | None = None) -> Pr
                 text = file.read()
         except OSError as error:
             raise ConfigError(f"profile {name}: {error.strerror}; give an existing file") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"profile {name}: {error}; mend the file") from None
     else:
         known = ", ".join(profile_names())
         raise ConfigError(f"profile {name!r} does not exist; use one of {known}, or a .toml file")

@@ -45,6 +45,7 @@ class DecodeInstance:
     def decode_view(self, now_s: float) -> DecodeView:
         return DecodeView(
             self.id,
+            self.name,
             self.batch.size,
             self.batch.context_tokens_at(now_s, self.cost),
             len(self.expected),
@@ -114,10 +115,9 @@ class DecodeInstance:
         """First come, first served, while batch and memory have room."""
         while self.waiting and self.batch.size < self.batch_max:
             request = self.waiting[0]
-            if not request.is_cancelled:
-                if self.batch.kv_tokens + request.kv_tokens > self.capacity_tokens:
-                    return
-                self.batch.join(request, start_s)
+            if self.batch.kv_tokens + request.kv_tokens > self.capacity_tokens:
+                return
+            self.batch.join(request, start_s)
             self.forget(request)
             self.waiting.popleft()
 
@@ -128,6 +128,8 @@ class DecodeInstance:
     def cancel(self, request: Request) -> None:
         """The client has gone: leave at the next step boundary (`is_cancelled` is set)."""
         self.forget(request)
+        if request in self.waiting:
+            self.waiting.remove(request)
         self.changed.set()
 
     def check_integrity(self) -> None:

@@ -60,7 +60,7 @@ def parse_body(data: bytes, is_chat: bool) -> Body:
     """Decode and check a request body; raises BadRequestError."""
     try:
         body = DECODER.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequestError(f"the body is not a valid request: {error}") from None
     if is_chat and not body.messages:
         raise BadRequestError("`messages` is missing or empty")

@@ -90,7 +90,8 @@ class PrefillInstance:
         """The prefix's first `blocks` have come from another instance: store and keep them."""
         request = queued.request
         self.store(queued, blocks)
-        request.timeline.fetched_s = self.loop.time()
+        if not request.has_ended:
+            request.timeline.fetched_s = self.loop.time()
         queued.is_fetching = False
         self.changed.set()
 

@@ -42,6 +42,7 @@ async def replay(
 
     cluster = Cluster(config, profile, on_end, steps_max=1 if is_step_by_step else None)
     serving = asyncio.create_task(cluster.run(), name="cluster")
+    serving.add_done_callback(lambda _: all_ended.set())  # Nobody waits for a crashed cluster.
     try:
         for request in requests:
             wait_s = request.timeline.arrived_s - loop.time()
@@ -50,6 +51,8 @@ async def replay(
             cluster.submit(request)
         if left:
             await all_ended.wait()
+        if left:
+            await serving  # Raises what it crashed with.
     finally:
         serving.cancel()
     cluster.check_integrity()

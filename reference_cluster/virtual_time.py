@@ -10,6 +10,7 @@ their time is not ours. The loop leans on the private names `_selector`, `_sched
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -29,7 +30,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._now_s = 0.0
         self._selector = self  # BaseEventLoop waits in `_selector.select()`; time jumps there.
-        self._clock_resolution = 1e-12
+        self._clock_resolution = math.ulp(0.0)
 
     def time(self) -> float:
         return self._now_s
@@ -42,6 +43,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         if timeout > 0:
             # The timer's own time, not now + timeout: sums of differences would drift.
             self._now_s = self._scheduled[0].when()
+            # The loop runs what is due before now + resolution: the next float, no more and, at
+            # large times, no less, or nothing would ever be due.
+            self._clock_resolution = math.ulp(self._now_s)
         return []
 
     def _process_events(self, event_list: list[Any]) -> None:

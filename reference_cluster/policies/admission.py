@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from reference_cluster.config import ConductorConfig, Slo
+from reference_cluster.cost_model import CostModel
+from reference_cluster.policies.prediction import DecodeTime, predicted_tbt_s
 from reference_cluster.policies.scheduling import Placement
 from reference_cluster.policies.view import ClusterView
 from reference_cluster.request import Request
@@ -42,6 +44,21 @@ class AcceptAll:
         return None
 
 
+class LoadBased:
+    """The papers' baseline: prefill load on arrival, decode load only when decoding would start.
+
+    Whatever is refused there has been prefilled for nothing.
+    """
+
+    is_rechecking = True
+
+    def __init__(self, slo: Slo) -> None:
+        self.slo = slo
+
+    def admit(self, request: Request, placement: Placement, view: ClusterView) -> Rejected | None:
+        return late_first_token(placement, self.slo)
+
+
 class EarlyRejection:
     """Refuse what would miss its SLO by the loads of this moment (Mooncake, Algorithm 1)."""
 
@@ -51,19 +68,73 @@ class EarlyRejection:
         self.slo = slo
 
     def admit(self, request: Request, placement: Placement, view: ClusterView) -> Rejected | None:
-        if placement.ttft_s > self.slo.ttft_s:
-            return Rejected("ttft", max(1.0, placement.ttft_s - self.slo.ttft_s))
+        if rejected := late_first_token(placement, self.slo):
+            return rejected
         if placement.tbt_s > self.slo.tbt_s:
             return Rejected("tbt", 1.0)
-        if view.decode[placement.decode].free_tokens < request.kv_tokens:
-            return Rejected("capacity", 1.0)
-        return None
+        return no_room(request, placement, view)
 
 
-def make_admission(config: ConductorConfig, slo: Slo) -> Admission:
+class PredictiveRejection:
+    """Refuse by the decode load predicted for when the prefill will have ended.
+
+    Early rejection looks at a decode load that is one prefill time old when it matters, and so
+    swings between refusing all and none. Every decode is taken to last equally long
+    (system-level prediction, Mooncake section 7.4), unless `decode_time` predicts each request's.
+    """
+
+    is_rechecking = True
+
+    def __init__(
+        self,
+        slo: Slo,
+        cost: CostModel,
+        decode_s: float | None,
+        decode_time: DecodeTime | None = None,
+    ) -> None:
+        self.slo = slo
+        self.cost = cost
+        self.decode_s = decode_s
+        self.decode_time = decode_time
+
+    def admit(self, request: Request, placement: Placement, view: ClusterView) -> Rejected | None:
+        if rejected := late_first_token(placement, self.slo):
+            return rejected
+        at_s = view.now_s + placement.ttft_s
+        instance, decode_time = view.decode[placement.decode], self.decode_time_at(view)
+        tbt_s = predicted_tbt_s(request, instance, view, self.cost, at_s, decode_time)
+        request.predicted_tbt_s = tbt_s
+        if tbt_s > self.slo.tbt_s:
+            return Rejected("tbt", 1.0)
+        return no_room(request, placement, view)
+
+    def decode_time_at(self, view: ClusterView) -> DecodeTime:
+        if self.decode_time is not None:
+            return self.decode_time
+        # Until something has finished nothing is taken to end.
+        uniform_s = self.decode_s or view.decode_s or float("inf")
+        return lambda request: uniform_s
+
+
+def late_first_token(placement: Placement, slo: Slo) -> Rejected | None:
+    if placement.ttft_s > slo.ttft_s:
+        return Rejected("ttft", max(1.0, placement.ttft_s - slo.ttft_s))
+    return None
+
+
+def no_room(request: Request, placement: Placement, view: ClusterView) -> Rejected | None:
+    if view.decode[placement.decode].free_tokens < request.kv_tokens:
+        return Rejected("capacity", 1.0)
+    return None
+
+
+def make_admission(config: ConductorConfig, slo: Slo, cost: CostModel) -> Admission:
     """The policy that the configuration names."""
+    if config.admission == "predictive":
+        return PredictiveRejection(slo, cost, config.decode_s)
     by_name: dict[str, Callable[[Slo], Admission]] = {
         "accept-all": AcceptAll,
+        "load-based": LoadBased,
         "early-rejection": EarlyRejection,
     }
     return by_name[config.admission](slo)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from reference_cluster.request import Request
 
 
 @dataclass(slots=True)
@@ -20,6 +23,7 @@ class DecodeView:
     """An instance that can decode. `expected` requests are placed there and not yet decoding."""
 
     id: int
+    name: str
     batch: int
     context_tokens: int
     expected: int
@@ -49,3 +53,5 @@ class ClusterView:
     decode: list[DecodeView]
     holder: Holder | None
     is_colocated: bool
+    in_flight: Collection[Request] = ()  # Everything let in and not yet ended.
+    decode_s: float | None = None  # Mean decode time of what has finished lately.

@@ -27,10 +27,10 @@ def fair_level(caps: list[float], bytes_per_s: float) -> float:
         return float("inf")
     for cap in sorted(caps):
         if cap * sharers >= left:
-            break
+            return left / sharers
         left -= cap
         sharers -= 1
-    return left / sharers
+    return float("inf")  # They fit but for the rounding of their sum.
 
 
 class ModelledFlow:
