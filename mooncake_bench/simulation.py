@@ -16,7 +16,7 @@ from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
 from reference_cluster.request import Request, Timeline
 from reference_cluster.samples import SAMPLE_COLUMNS
-from reference_cluster.simulate import simulate
+from reference_cluster.simulate import collector_paused, simulate
 from reference_cluster.spans import span_columns
 from workloads.trace import Trace
 
@@ -44,6 +44,18 @@ def simulate_trace(
     name: str | None = None,
 ) -> Run:
     """Run the whole trace, `speed` times faster, and write the run directory `out`."""
+    with collector_paused():
+        return write_run(out, *simulated_run(trace, config, profile, speed, name))
+
+
+def simulated_run(
+    trace: Trace,
+    config: ClusterConfig,
+    profile: Profile,
+    speed: float = 1.0,
+    name: str | None = None,
+) -> tuple[RunInfo, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """The run's description, requests, spans and samples, as `records.write_run` takes them."""
     requests = as_requests(trace, speed)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     simulated = simulate(config, profile, requests)
@@ -62,7 +74,7 @@ def simulate_trace(
     )
     spans = pl.DataFrame(span_columns(requests))
     samples = pl.DataFrame(simulated.samples, schema=list(SAMPLE_COLUMNS), orient="row")
-    return write_run(out, info, request_frame(requests), spans, samples)
+    return info, request_frame(requests), spans, samples
 
 
 def as_requests(trace: Trace, speed: float) -> list[Request]:

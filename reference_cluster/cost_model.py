@@ -70,7 +70,8 @@ class CostModel:
     def prefill_s(self, input_tokens: int, reused_tokens: int = 0) -> float:
         """A whole prefill of which `reused_tokens` need no computing."""
         n, p = input_tokens, reused_tokens
-        return self.base_s + self.compute_s(p, n) + self.reused_token_s * p
+        computing_s = self.token_s * (n - p) + self.token2_s * (n * n - p * p)
+        return self.base_s + computing_s + self.reused_token_s * p
 
     def compute_s(self, start: int, end: int) -> float:
         """Computing the prompt tokens [start, end), attending to all before them."""
@@ -95,8 +96,8 @@ class CostModel:
 
     def steps_within(self, batch: int, context_tokens: int, elapsed_s: float) -> float:
         """Steps (with a fraction) done `elapsed_s` after the start: the inverse of span_s."""
-        a = self.growth_s(batch) / 2
-        b = self.step_s(batch, context_tokens) - a
+        a = self.context_token_s * batch / 2
+        b = self.step_base_s + self.sequence_s * batch + self.context_token_s * context_tokens - a
         if a == 0:
             return elapsed_s / b
         # The root in the form that does not cancel for small a.

@@ -14,15 +14,19 @@ class PrefixIndex:
         self.instances = instances
         self.holders: dict[Block, int] = {}
 
-    def stored(self, instance: int, block: Block) -> None:
-        self.holders[block] = self.holders.get(block, 0) | (1 << instance)
+    def stored(self, instance: int, blocks: Sequence[Block]) -> None:
+        holders, bit = self.holders, 1 << instance
+        for block in blocks:
+            holders[block] = holders.get(block, 0) | bit
 
-    def evicted(self, instance: int, block: Block) -> None:
-        left = self.holders[block] & ~(1 << instance)
-        if left:
-            self.holders[block] = left
-        else:
-            del self.holders[block]
+    def evicted(self, instance: int, blocks: Sequence[Block]) -> None:
+        holders, bit = self.holders, 1 << instance
+        for block in blocks:
+            left = holders[block] ^ bit
+            if left:
+                holders[block] = left
+            else:
+                del holders[block]
 
     def match(self, blocks: Sequence[Block]) -> list[int]:
         """For each instance, how many leading blocks of the chain it holds."""

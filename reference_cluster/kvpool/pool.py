@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from reference_cluster.request import Block
 
-OnChange = Callable[[Block], None]
+OnChange = Callable[[Sequence[Block]], None]
 
 
-def ignore(block: Block) -> None:
+def ignore(blocks: Sequence[Block]) -> None:
     """Nobody follows this pool's contents."""
 
 
@@ -80,10 +80,12 @@ class BlockPool:
         """
         pins, idle = self.pins, self.idle
         free = self.free
+        stored: list[Block] = []
+        evicted: list[Block] = []
+        fitted = len(blocks)
         for count, block in enumerate(blocks):
-            held = pins.get(block, 0)
-            if held:
-                pins[block] = held + 1
+            if block in pins:
+                pins[block] += 1
                 continue
             if block in idle:
                 del idle[block]
@@ -91,17 +93,23 @@ class BlockPool:
                 if free > 0:
                     free -= 1
                 elif idle:
-                    self.evict(idle.popitem(last=False)[0])
+                    evicted.append(idle.popitem(last=False)[0])
                 else:
-                    return count
-                self.on_stored(block)
+                    fitted = count
+                    break
+                stored.append(block)
             pins[block] = 1
-        return len(blocks)
+        # A block that is both was evicted first: what is stored is pinned.
+        if evicted:
+            self.evict(evicted)
+        if stored:
+            self.on_stored(stored)
+        return fitted
 
     def make_room(self, blocks: int) -> bool:
         """Evict idle blocks until that many fit; False (and what could be evicted gone) if not."""
         while self.free < blocks and self.idle:
-            self.evict(self.idle.popitem(last=False)[0])
+            self.evict([self.idle.popitem(last=False)[0]])
         return self.free >= blocks
 
     def can_make_room(self, blocks: int) -> bool:
@@ -115,9 +123,9 @@ class BlockPool:
     def release(self, blocks: int) -> None:
         self.reserved -= blocks
 
-    def evict(self, block: Block) -> None:
-        self.evictions += 1
-        self.on_evicted(block)
+    def evict(self, blocks: Sequence[Block]) -> None:
+        self.evictions += len(blocks)
+        self.on_evicted(blocks)
 
     def check_integrity(self) -> None:
         """Raise AssertionError with both sides where the books do not balance."""

@@ -71,7 +71,9 @@ class DecodeBatch:
         """The context now: what it was when the span began and what its steps have added since."""
         if self.span_start_s is None or not self.members:
             return self.context_tokens
-        size, elapsed_s = len(self.members), max(0.0, now_s - self.span_start_s)
+        size, elapsed_s = len(self.members), now_s - self.span_start_s
+        if elapsed_s <= 0.0:
+            return self.context_tokens
         done = cost.whole_steps_within(size, self.context_tokens, elapsed_s)
         return self.context_tokens + size * min(done, self.steps_until_leave)
 

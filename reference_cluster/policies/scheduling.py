@@ -48,7 +48,7 @@ class KVCacheCentric:
             # Ties (idle colocated instances) go to the emptiest, then to the lowest id, so that a
             # seed fixes the whole run.
             options.append((ttft_s, instance.context_tokens, instance.id, fetch))
-        ttft_s, _, prefill, fetch = min(options, key=lambda option: option[:3])
+        ttft_s, _, prefill, fetch = min(options)  # Ids differ, so that `fetch` is never compared.
         reused = fetch.tokens if fetch else view.prefill[prefill].reused_tokens
         return complete(request, view, self.cost, prefill, ttft_s, reused, fetch)
 
@@ -126,12 +126,16 @@ def complete(
 def select_decode(request: Request, instances: list[DecodeView], cost: CostModel) -> DecodeView:
     """Least step time with all that is expected there too, among those with room if any have."""
 
-    def key(one: DecodeView) -> tuple[bool, float, int]:
-        context_tokens = one.context_tokens + one.expected_tokens
-        is_full = one.free_tokens < request.kv_tokens
-        return is_full, cost.step_s(one.batch + one.expected, context_tokens), one.id
-
-    return min(instances, key=key)
+    kv_tokens, step_s = request.kv_tokens, cost.step_s
+    _, _, id = min(
+        (
+            one.free_tokens < kv_tokens,
+            step_s(one.batch + one.expected, one.context_tokens + one.expected_tokens),
+            one.id,
+        )
+        for one in instances
+    )
+    return instances[id]
 
 
 def make_scheduling(config: ConductorConfig, cost: CostModel, seed: int) -> Scheduling:
