@@ -13,28 +13,35 @@ from typing import Any
 from mooncake_bench.records import Run, read_run
 from mooncake_bench.report import write_report
 from mooncake_bench.simulation import simulate_trace
+from mooncake_bench.slo import parse_slo
 from reference_cluster.config import load_config
 from reference_cluster.cost_model import load_profile
 from reference_cluster.errors import ServeError
 from workloads.trace import open_trace
 
 TRACE = "conversation-like"
-# Two prefill instances at about 0.6 of what they can do: an eighth of the published rate for each.
-LIVE_RATE_RPS = 0.85
+PROFILE = "h100-llama3-70b"
+SLO = "ttft<10s,tbt<50ms"
+# Requests a second and node at which prefill instances are busy about 0.6 of the time.
+NODE_RATE_RPS = 0.525
 LOCUSTFILE = Path(__file__).parent / "replay" / "locustfile.py"
 ANSWER_S_MAX = 120.0  # After the last arrival, for the longest outputs.
 
+CHUNKED = {"colocated.batching": "chunked", "colocated.prefix_caching": True}
 LIVE = {
     "live-2p2d": ("2P+2D", ["--prefill", "2", "--decode", "2"]),
-    "live-4-colocated": ("4 colocated", ["--instances", "4", "--scheduling", "least-loaded"]),
+    "live-4-colocated": (
+        "4 colocated",
+        ["--instances", "4", "--batching", "chunked", "--prefix-caching"],
+    ),
 }
-SIMULATED: dict[str, dict[str, Any]] = {
-    "simulated-8p8d": {"prefill_instances": 8, "decode_instances": 8},
-    "simulated-16-colocated": {
-        "system": "colocated",
-        "colocated_instances": 16,
-        "conductor.scheduling": "least-loaded",
-    },
+SIMULATED: dict[str, tuple[str, dict[str, Any]]] = {
+    "simulated-8p8d": ("8P+8D", {"prefill_instances": 8, "decode_instances": 8}),
+    "simulated-16-colocated": ("16 colocated", {"system": "colocated", **CHUNKED}),
+    "simulated-16-colocated-prefill-first": (
+        "16 colocated, prefill-first",
+        {"system": "colocated", "conductor.scheduling": "least-loaded"},
+    ),
 }
 
 
@@ -52,21 +59,25 @@ def run_demo(out: Path, live_s: float, say: Callable[[str], None]) -> Path:
 
 
 def simulated(directory: Path, name: str, say: Callable[[str], None]) -> Run:
-    """An hour in virtual time."""
-    config = load_config(None, SIMULATED[name])
-    say(f"simulating an hour of {TRACE} on {config.title}")
-    profile = load_profile(config.profile)
-    return simulate_trace(open_trace(TRACE), config, profile, directory, name=config.title)
+    """An hour in virtual time on 16 nodes."""
+    title, overrides = SIMULATED[name]
+    slo = parse_slo(SLO)
+    overrides = {**overrides, "profile": PROFILE}
+    config = load_config(None, {**overrides, "slo.ttft_s": slo.ttft_s, "slo.tbt_s": slo.tbt_s})
+    say(f"simulating an hour of {TRACE} on {title}")
+    trace = open_trace(f"{TRACE}:rate_rps={16 * NODE_RATE_RPS}")
+    return simulate_trace(trace, config, load_profile(PROFILE), directory, name=title)
 
 
 def live(directory: Path, name: str, live_s: float, say: Callable[[str], None]) -> Run:
-    """A short stretch in real time: Locust replays against a cluster that runs beside it."""
+    """A short stretch in real time on 4 nodes: Locust replays against a cluster beside it."""
     title, flags = LIVE[name]
     say(f"replaying {live_s:.0f} s of {TRACE} with Locust against a live {title}")
-    trace = f"{TRACE}:rate_rps={LIVE_RATE_RPS},duration_s={live_s}"
-    with serving(flags) as url:
+    trace = f"{TRACE}:rate_rps={4 * NODE_RATE_RPS},duration_s={live_s}"
+    with serving([*flags, "--profile", PROFILE, "--slo", SLO]) as url:
         command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
-        command += ["--url", url, "--trace", trace, "--name", title, "--out", str(directory)]
+        command += ["--url", url, "--trace", trace, "--slo", SLO]
+        command += ["--name", title, "--out", str(directory)]
         command += ["--loglevel", "ERROR", "--only-summary", "--exit-code-on-error", "0"]
         log = directory.with_suffix(".locust.log")
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -98,12 +98,12 @@ class Front:
         self.cluster = Cluster(self.config, self.profile, self.ended, steps_max=1)
         self.metrics = LiveMetrics(self.cluster, self.profile.name)
         self.started_s = self.cluster.loop.time()
-        serving = asyncio.create_task(self.cluster.run(), name="cluster")
-        serving.add_done_callback(report_crash)
+        self.serving = asyncio.create_task(self.cluster.run(), name="cluster")
+        self.serving.add_done_callback(report_crash)
         try:
             yield
         finally:
-            serving.cancel()
+            self.serving.cancel()
 
     def guarded(self, handler: Handler) -> Handler:
         """Ask for the token, where one was set."""
@@ -136,6 +136,8 @@ class Front:
             return error(str(mistake), "invalid_request_error", 413)
         except BadRequestError as mistake:
             return error(str(mistake), "invalid_request_error", 400)
+        if self.serving.done():
+            return error("the cluster has stopped; see the server's log", "internal_error", 500)
         if len(self.cluster.in_flight) >= IN_FLIGHT_MAX:
             return error("too many requests in flight", "overloaded", 503, "in-flight")
         listener = Listener()
@@ -230,6 +232,8 @@ class Front:
         return as_json({"object": "list", "data": [model]})
 
     async def health(self, http: HttpRequest) -> Response:
+        if self.serving.done():
+            return error("the cluster has stopped; see the server's log", "internal_error", 503)
         return as_json({"status": "ok"})
 
     async def prometheus(self, http: HttpRequest) -> Response:

@@ -12,6 +12,7 @@ from typing import Any
 from reference_cluster.cluster import Cluster
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
+from reference_cluster.engines.modelled import wake
 from reference_cluster.request import Request
 from reference_cluster.virtual_time import run_virtual
 
@@ -31,7 +32,6 @@ async def replay(
     is_step_by_step: bool = False,
 ) -> Simulated:
     """Offer every request at its arrival time on the running loop's clock, which reads 0 s now."""
-    loop = asyncio.get_running_loop()
     left = len(requests)
     all_ended = asyncio.Event()
 
@@ -46,9 +46,7 @@ async def replay(
     serving.add_done_callback(lambda _: all_ended.set())  # Nobody waits for a crashed cluster.
     try:
         for request in requests:
-            wait_s = request.timeline.arrived_s - loop.time()
-            if wait_s > 0:
-                await asyncio.sleep(wait_s)
+            await sleep_until(request.timeline.arrived_s)
             cluster.submit(request)
         if left:
             await all_ended.wait()
@@ -58,6 +56,18 @@ async def replay(
         serving.cancel()
     cluster.check_integrity()
     return Simulated(requests, cluster.samples.rows)
+
+
+async def sleep_until(when_s: float) -> None:
+    """Sleep to a time of the loop's clock, not at all if it has come.
+
+    Unlike `asyncio.sleep`, which rounds now + (then - now), it never wakes a hair too early.
+    """
+    loop = asyncio.get_running_loop()
+    if when_s > loop.time():
+        woken = loop.create_future()
+        loop.call_at(when_s, wake, woken)
+        await woken
 
 
 def simulate(

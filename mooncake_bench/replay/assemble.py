@@ -13,8 +13,9 @@ from mooncake_bench.records import REQUESTS, SPANS
 from mooncake_bench.replay.client import ClientStats
 from mooncake_bench.replay.options import ReplayOptions
 from mooncake_bench.replay.recorder import FAILED, ROW, STATUSES, Batch
-from mooncake_bench.replay.schedule import Plan
+from mooncake_bench.replay.schedule import Ints, Plan
 
+WORKER_LOST = "worker lost"
 _INTEGERS = ("http_status", "reused_tokens", "fetched_tokens")
 _UNCHANGED = (
     *("sent_s", "placed_s", "fetched_s", "prefill_start_s", "prefill_end_s", "transferred_s"),
@@ -24,12 +25,12 @@ _UNCHANGED = (
 
 
 def build_frames(
-    plan: Plan, batches: Sequence[Batch], missing: str = ""
+    plan: Plan, batches: Sequence[Batch], lost: Ints | None = None
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The requests and spans frames of records.py, from the records of all engines.
 
-    `plan` is that of the whole trace. Rows without a record are left out, or, where `missing`
-    gives a reason, count as failed for it at their arrival.
+    `plan` is that of the whole trace. Rows without a record were not due yet when somebody ended
+    the run and are left out; those at the positions `lost`, a dead worker's, count as failed.
     """
     table = np.concatenate([batch.table() for batch in batches] or [np.empty(0, dtype=ROW)])
     texts = pl.DataFrame(
@@ -41,14 +42,14 @@ def build_frames(
         schema={"reason": pl.String, "prefill": pl.String, "decode": pl.String},
     )
     measured = _requests(plan, table, texts)
-    if missing:
-        measured = pl.concat([measured, _lost(plan, measured, missing)], how="diagonal")
+    if lost is not None:
+        measured = pl.concat([measured, _lost(plan, measured, lost)], how="diagonal")
     return measured.select(list(REQUESTS)).sort("request"), _spans(table, batches)
 
 
 def _requests(plan: Plan, table: npt.NDArray[Any], texts: pl.DataFrame) -> pl.DataFrame:
     where = np.searchsorted(plan.request, table["request"].astype(np.int64))
-    arrival_s = plan.due_s[where]
+    arrival_s = table["arrival_s"]
     usage, received = table["usage_tokens"], table["received_tokens"]
     prompt = np.where(np.isnan(table["prompt_tokens"]), 0.0, table["prompt_tokens"])
     columns = {name: table[name] for name in _UNCHANGED} | {
@@ -66,8 +67,8 @@ def _requests(plan: Plan, table: npt.NDArray[Any], texts: pl.DataFrame) -> pl.Da
     return frame.cast({name: REQUESTS[name] for name in frame.columns})
 
 
-def _lost(plan: Plan, measured: pl.DataFrame, reason: str) -> pl.DataFrame:
-    rows = np.flatnonzero(~np.isin(plan.request, measured["request"].to_numpy()))
+def _lost(plan: Plan, measured: pl.DataFrame, lost: Ints) -> pl.DataFrame:
+    rows = lost[~np.isin(plan.request[lost], measured["request"].to_numpy())]
     return pl.DataFrame(
         {
             "request": plan.request[rows],
@@ -77,7 +78,7 @@ def _lost(plan: Plan, measured: pl.DataFrame, reason: str) -> pl.DataFrame:
             "output_tokens": np.zeros(len(rows), dtype=np.int64),
             "output_tokens_asked": plan.output_tokens[rows],
         }
-    ).with_columns(status=pl.lit(STATUSES[FAILED]), reason=pl.lit(reason))
+    ).with_columns(status=pl.lit(STATUSES[FAILED]), reason=pl.lit(WORKER_LOST))
 
 
 def _spans(table: npt.NDArray[Any], batches: Sequence[Batch]) -> pl.DataFrame:
@@ -156,7 +157,7 @@ def _invalid(
             f"The run was interrupted with {client['not_sent']} of {client['planned']} requests "
             "not sent; let it end, or choose a shorter --window."
         )
-    lost = requests.filter(pl.col("reason").str.starts_with("worker lost")).height
+    lost = requests.filter(pl.col("reason") == WORKER_LOST).height
     if lost:
         reasons.append(
             f"A Locust worker was lost with {lost} of {client['planned']} requests; see its log "
@@ -184,7 +185,7 @@ def _warnings(plan: Plan, requests: pl.DataFrame, engines: Sequence[ClientStats]
     if abs(prompt_tokens - asked_tokens) > 0.01 * asked_tokens:
         warnings.append(
             f"The server counted {prompt_tokens} prompt tokens where the trace has {asked_tokens}; "
-            "its tokenizer sees other prompts than the trace's (--prompt tokens sends token ids)."
+            "input and reused tokens are given by its count."
         )
     other = finished.filter(pl.col("output_tokens") != pl.col("output_tokens_asked")).height
     if other:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -35,6 +35,8 @@ class RequestShape:
     is_chat: bool
     sends_tokens: bool
     wants_timeline: bool
+    authorization: dict[str, str] = field(default_factory=dict)
+    """The header with the endpoint's token, or nothing."""
 
 
 class RequestBuilder:
@@ -69,9 +71,10 @@ class RequestBuilder:
         return msgspec.json.encode(settings)
 
     def _head(self, row: int, length: int) -> bytes:
+        extra = "".join(f"{key}: {value}\r\n" for key, value in self._shape.authorization.items())
         return (
             f"POST {self._shape.path} HTTP/1.1\r\nHost: {self._shape.host}\r\n"
-            f"Content-Type: application/json\r\nAccept: text/event-stream\r\n"
+            f"Content-Type: application/json\r\nAccept: text/event-stream\r\n{extra}"
             f"X-Request-Id: {self._plan.request[row]}\r\nContent-Length: {length}\r\n\r\n"
         ).encode()
 

@@ -16,7 +16,6 @@ import time
 from array import array
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -55,8 +54,7 @@ class Address(msgspec.Struct, frozen=True):
     is_tls: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """Counts of one engine at a moment; `elapsed_s` from the start of the run."""
 
     elapsed_s: float
@@ -69,7 +67,14 @@ class Progress:
 
     @property
     def in_flight(self) -> int:
-        return self.sent - self.finished - self.rejected - self.failed
+        # Rows of an endpoint that is gone fail without having been sent.
+        return max(0, self.sent - self.finished - self.rejected - self.failed)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.elapsed_s:.0f} s: {self.sent} of {self.planned} sent, {self.finished} "
+            f"finished, {self.rejected} rejected, {self.failed} failed, {self.in_flight} in flight"
+        )
 
 
 class ClientStats(msgspec.Struct, frozen=True):
@@ -98,7 +103,7 @@ class Engine:
         *,
         gone_after_s: float = 2.0,
     ) -> None:
-        self.recorder = Recorder(plan.request)
+        self.recorder = Recorder(plan.request, plan.due_s)
         self._plan = plan
         self._bodies = bodies
         self._address = address

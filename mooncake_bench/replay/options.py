@@ -26,7 +26,10 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     trace: Annotated[
         str, _flag("trace file (Mooncake JSON lines, Azure CSV) or the name of a generator")
     ] = "conversation-like"
-    url: Annotated[str, _flag("the endpoint, like http://127.0.0.1:8000")] = ""
+    url: Annotated[
+        str,
+        _flag("the endpoint, like http://127.0.0.1:8000 (its token: $MOONCAKE_BENCH_TOKEN)"),
+    ] = ""
     out: Annotated[str, _flag("directory of the run; nothing is written without it")] = ""
     name: Annotated[str, _flag("name of the run in reports (default: the trace's)")] = ""
     speed: Annotated[float, _flag("replay this many times faster than the trace", gt=0.0)] = 1.0
@@ -112,7 +115,7 @@ def parse_window(text: str) -> tuple[float, float] | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to Locust's parser (an argparse one)."""
-    group = parser.add_argument_group("trace replay")
+    # Not in a group: Locust's page shows what is added to its parser itself.
     for flag in flags():
         settings: dict[str, Any] = {"default": flag.default, "help": flag.help}
         if flag.kind is bool:
@@ -121,7 +124,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             settings["type"] = flag.kind
         if flag.choices:
             settings["choices"] = list(flag.choices)
-        group.add_argument(flag.name, **settings)
+        action = parser.add_argument(flag.name, **settings)
+        # The page has a field of its own for the address: Host.
+        action.include_in_web_ui = flag.field != "url"  # type: ignore[attr-defined]  # Locust's
 
 
 def as_command(run: Callable[[ReplayOptions], None]) -> Callable[..., None]:

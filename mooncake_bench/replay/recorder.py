@@ -17,6 +17,7 @@ SERVER_STAMPS = ("placed_s", "fetched_s", "prefill_start_s", "prefill_end_s", "t
 SERVER_NUMBERS = ("fetched_tokens", "prefill_busy_s", "predicted_ttft_s", "predicted_tbt_s")
 COLUMNS = (
     "request",
+    "arrival_s",  # intended
     "status",  # an index into STATUSES; 0: never sent
     "http_status",
     "sent_s",
@@ -69,11 +70,12 @@ class Batch(msgspec.Struct, frozen=True):
 class Recorder:
     """The columns of one engine; rows are positions in its plan."""
 
-    def __init__(self, requests: npt.NDArray[np.int64]) -> None:
+    def __init__(self, requests: npt.NDArray[np.int64], due_s: npt.NDArray[np.float64]) -> None:
         self.origin = 0.0
         """The start of the run on the clock of the stamps; records count from it."""
         self._table = np.full(len(requests), np.nan, dtype=ROW)
         self._table["request"] = requests
+        self._table["arrival_s"] = due_s
         self._table["status"] = 0
         self._table["received_tokens"] = 0
         # Views: assigning into them is several times cheaper than into the table.
@@ -130,11 +132,6 @@ class Recorder:
             decodes=[text[2] for text in texts],
             times=(np.frombuffer(times, dtype=np.float64) - self.origin).tobytes(),
         )
-
-    def lags_s(self, due_s: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Actual minus intended send time of the rows that were sent, in seconds."""
-        lag_s = self._columns["sent_s"] - due_s
-        return lag_s[~np.isnan(lag_s)]
 
     def _take_usage(self, row: int, usage: dict[str, Any]) -> None:
         details = usage.get("prompt_tokens_details")

@@ -23,8 +23,8 @@ from mooncake_bench.replay.bodies import AHEAD_BYTES, BuildAhead, RequestBuilder
 from mooncake_bench.replay.client import ClientStats, Engine, Progress, Timeouts
 from mooncake_bench.replay.options import ReplayOptions
 from mooncake_bench.replay.recorder import Batch
-from mooncake_bench.replay.schedule import Plan, plan
-from mooncake_bench.replay.target import Target, fetch_samples, find_target
+from mooncake_bench.replay.schedule import Ints, Plan, plan
+from mooncake_bench.replay.target import Target, authorization, fetch_samples, find_target
 from mooncake_bench.slo import parse_slo
 from workloads.trace import Trace
 
@@ -95,13 +95,13 @@ def conclude(
     options: ReplayOptions,
     target: Target,
     start: float,
-    missing: str = "",
+    lost: Ints | None = None,
 ) -> ReplayResult:
     """The result of a replay that has ended; `start` as of time.perf_counter().
 
-    Rows without a record count as failed where `missing` gives the reason.
+    `lost` are the positions of the rows whose worker was lost: as in `assemble.build_frames`.
     """
-    requests, spans = build_frames(whole, batches, missing)
+    requests, spans = build_frames(whole, batches, lost)
     client, invalid, warnings = judge(options, whole, requests, engines)
     ago_s = time.perf_counter() - start
     started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ago_s)
@@ -176,6 +176,7 @@ def build_ahead(trace: Trace, mine: Plan, options: ReplayOptions, target: Target
         is_chat=is_chat,
         sends_tokens=options.sends_tokens,
         wants_timeline=bool(target.info),
+        authorization=authorization(),
     )
     return BuildAhead(RequestBuilder(shape, mine).build, len(mine), AHEAD_BYTES)
 

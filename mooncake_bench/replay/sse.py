@@ -16,7 +16,7 @@ MAX_EVENT_BYTES = 1 << 20
 
 _TOKEN = re.compile(rb'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"(?!")')
 _SPECIAL = re.compile(
-    rb'"(?:usage|timeline)"\s*:\s*\{|"error"\s*:\s*(?!null)|"object"\s*:\s*"error"|(?:^|\n)event:'
+    rb'"(?:usage|timeline)"\s*:\s*\{|"error"\s*:\s*+(?!null)|"object"\s*:\s*"error"|(?:^|\n)event:'
 )
 _DONE = b"[DONE]"
 

@@ -5,6 +5,7 @@ Control calls only (httpx); no load goes through here.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,8 @@ from mooncake_bench.replay.errors import ReplayError
 
 CONTROL_TIMEOUT_S = 10.0
 PINGS = 3
+TOKEN_VARIABLE = "MOONCAKE_BENCH_TOKEN"
+"""Environment variable with the endpoint's bearer token: never a flag, so never in a record."""
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -71,10 +74,20 @@ def fetch_samples(target: Target, start: float) -> pl.DataFrame:
     return moved.filter(pl.col("time_s") >= 0.0).sort("time_s", maintain_order=True)
 
 
+def authorization() -> dict[str, str]:
+    """The header that the endpoint's token makes, if there is a token. Raises ReplayError."""
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not token.isascii() or not token.isprintable():
+        raise ReplayError(f"{TOKEN_VARIABLE}: not printable ASCII; set it to the token alone")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
 def _client(url: str) -> httpx.Client:
     # No proxies from the environment: control calls go where the load goes.
     base = url.rstrip("/").removesuffix("/v1") + "/"
-    return httpx.Client(base_url=base, timeout=CONTROL_TIMEOUT_S, trust_env=False)
+    return httpx.Client(
+        base_url=base, timeout=CONTROL_TIMEOUT_S, trust_env=False, headers=authorization()
+    )
 
 
 def _parse(url: str) -> tuple[Address, str]:
@@ -110,7 +123,8 @@ def _first_model(http: httpx.Client, url: str) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         if answer.status_code in (401, 403):
             raise ReplayError(
-                f"{url}: GET /v1/models answers {answer.status_code}; it must be open to us"
+                f"{url}: GET /v1/models answers {answer.status_code}; "
+                f"set {TOKEN_VARIABLE} to its token"
             ) from None
         return "default"
 

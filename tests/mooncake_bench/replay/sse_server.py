@@ -1,21 +1,19 @@
-"""A small streaming server whose manners a test chooses, request by request.
-
-Run as a program it serves well-behaved streams until it is ended and prints its port:
-`python sse_server.py [token gap in s] [file for the ids of received requests]`.
-"""
+"""A small streaming server whose manners a test chooses, request by request."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 Handler = Callable[["Exchange"], Awaitable[None]]
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+)
 
 
 @dataclass
@@ -75,6 +73,7 @@ class Server:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     connections: int = 0
     port: int = 0
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -89,9 +88,16 @@ class Server:
         finally:
             listener.close()
 
+    def close_connections(self) -> None:
+        """What the death of a process does to its connections."""
+        for writer in self.writers:
+            writer.transport.abort()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        self.writers.append(writer)
+        # Cancelled: the end of the test, which is no news.
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while head := await reader.readuntil(b"\r\n\r\n"):
                 await self._answer(head.decode(), reader, writer)
         writer.close()
@@ -116,18 +122,27 @@ class Server:
             await exchange.plain(404, b"{}")
 
 
-async def main(gap_s: float, log: str) -> None:
-    async def handler(exchange: Exchange) -> None:
-        with open(log, "a") as file:  # noqa: ASYNC230  # a line; the test reads it afterwards
-            file.write(f"{exchange.number}\n")
-        await good_stream(exchange, gap_s)
+@contextlib.contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    """The server on a loop of its own, in a thread: the replay brings its own loop."""
+    loop = asyncio.new_event_loop()
+    is_up = threading.Event()
+    stop = asyncio.Event()
 
-    models = {"/v1/models": {"data": [{"id": "small"}]}}
-    async with Server(handler, models).running() as server:
-        sys.stdout.write(f"{server.port}\n")
-        sys.stdout.flush()
-        await asyncio.Event().wait()
+    async def main() -> None:
+        async with server.running():
+            is_up.set()
+            await stop.wait()
 
-
-if __name__ == "__main__":
-    asyncio.run(main(float(sys.argv[1]), sys.argv[2]))
+    thread = threading.Thread(target=lambda: loop.run_until_complete(main()))
+    thread.start()
+    assert is_up.wait(5)
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()

@@ -1,0 +1,6 @@
+"""Lets the tests of this directory import their server: pytest's importlib mode does not."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent))
