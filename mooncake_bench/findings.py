@@ -294,10 +294,16 @@ def _sides(runs: Sequence[Run]) -> list[Side]:
     shorts = [_short_name(run) for run in runs]
     # Two runs of one shape differ in something else: there the run's own name tells them apart.
     shorts = [
-        f"{short} ({run.info.name})" if shorts.count(short) > 1 else short
+        _telling_name(run, short) if shorts.count(short) > 1 else short
         for short, run in zip(shorts, runs, strict=True)
     ]
     return [_side(run, short) for run, short in zip(runs, shorts, strict=True)]
+
+
+def _telling_name(run: Run, short: str) -> str:
+    """The run's own name, behind its shape unless it begins with that."""
+    name = run.info.name
+    return name if name.startswith(short) else f"{short} ({name})"
 
 
 def _side(run: Run, short: str) -> Side:
@@ -313,7 +319,7 @@ def _side(run: Run, short: str) -> Side:
 
 
 def _short_name(run: Run) -> str:
-    config = run.info.config
+    config = run.info.config.get("cluster", run.info.config)
     if run.info.system == "colocated":
         count = config.get("colocated_instances") or _seen(run, "colocated")
         return f"{count} colocated" if count else run.info.name

@@ -60,7 +60,7 @@ def simulated_run(
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     simulated = simulate(config, profile, requests)
     info = RunInfo(
-        name=name or f"{config.title}, {trace.name}",
+        name=name or config.description,
         source="simulated",
         system=config.system,
         trace=describe_trace(trace, speed),

@@ -118,6 +118,19 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return f"{self.colocated_instances} colocated"
         return f"{self.prefill_instances}P+{self.decode_instances}D"
 
+    @property
+    def description(self) -> str:
+        """The title and the policies that are not the defaults: 16 colocated, prefix caching."""
+        parts = [self.title]
+        if self.system == "colocated":
+            parts += [self.colocated.batching] * (self.colocated.batching != "prefill-first")
+            parts += ["prefix caching"] * self.colocated.prefix_caching
+        default = ConductorConfig()
+        for name in ("scheduling", "admission"):
+            policy = getattr(self.conductor, name)
+            parts += [policy] * (policy != getattr(default, name))
+        return ", ".join(parts)
+
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfig:
     """The file's settings (or the defaults) with overrides on top; raises ConfigError.

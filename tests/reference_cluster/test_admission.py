@@ -151,6 +151,7 @@ def placed(ttft_s: float, output_tokens: int = 50) -> Request:
     """One that was placed at 3 s and should have its first token `ttft_s` later."""
     request = a_request(output_tokens=output_tokens)
     request.timeline.placed_s, request.predicted_ttft_s = 3.0, ttft_s
+    request.decode = ROOMY.name
     return request
 
 
@@ -188,16 +189,17 @@ def test_predictive_looks_at_the_time_when_it_will_decode(
     assert rejected == (Rejected("tbt", 1.0) if batch > 1 else None)
 
 
-def test_predictive_spreads_what_decodes_over_the_instances() -> None:
-    """Two of them, two requests with 100 tokens: 1 + 1 sequences, 100 + 100 tokens each."""
+def test_predictive_counts_those_placed_on_the_same_instance() -> None:
+    """Two there and one elsewhere, of 100 tokens each: 3 sequences and 300 tokens with this one."""
     cost = costs(decode={"sequence_s": 0.01, "context_token_s": 1e-4})
-    view = ClusterView(
-        3.0, [], [ROOMY, replace(ROOMY, id=1)], None, False, in_flight=[decoding(), decoding()]
-    )
+    elsewhere = decoding()
+    elsewhere.decode = "decode-1"
+    in_flight = [decoding(), elsewhere, decoding()]
+    view = ClusterView(3.0, [], [ROOMY], None, False, in_flight=in_flight)
     request = a_request()
     config = ConductorConfig(admission="predictive", decode_s=99.0)
     make_admission(config, SLO, cost).admit(request, Placement(0, 0, 5.0, 0.0, 0), view)
-    assert request.predicted_tbt_s == pytest.approx(0.1 + 0.01 * 2 + 1e-4 * 200)
+    assert request.predicted_tbt_s == pytest.approx(0.1 + 0.01 * 3 + 1e-4 * 300)
 
 
 def test_predictive_refuses_late_first_tokens_and_full_memory_too() -> None:
