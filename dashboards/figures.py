@@ -64,8 +64,10 @@ def capacity_bars(
             marker={"color": colour, "line_width": 0},
             text=[percent(value) for value in values],
             textposition="outside",
+            constraintext="none",  # Plotly would shrink some labels beside others.
+            textangle=0,
             cliponaxis=False,
-            textfont={"color": theme.INK},
+            textfont={"color": theme.INK, "size": 11 if len(labels) < 3 else 10},
             hovertemplate="%{text} of requests<extra>%{fullData.name}</extra>",
         )
     theme.styled(figure, height=300, x="TBT bound", y="offered requests within SLO")
