@@ -180,11 +180,13 @@ class Cluster:
         request, blocks = queued.request, placement.fetch.blocks
         copied = request.blocks[queued.pinned : blocks]
         holder.pool.pin(copied)
+        holder.lending += 1
         tokens = placement.fetch.tokens - queued.pinned * self.config.block_tokens
         request.fetched_tokens = tokens
 
         def arrived() -> None:
             holder.pool.unpin(copied)
+            holder.lending -= 1
             prefill.fetched(queued, blocks)
 
         self.messenger.fetch(tokens, holder.id, prefill.id, arrived)

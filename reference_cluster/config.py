@@ -98,7 +98,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "sample_every_s": self.sample_every_s,
             "slo.ttft_s": self.slo.ttft_s,
             "slo.tbt_s": self.slo.tbt_s,
-            "conductor.balancing_threshold": self.conductor.balancing_threshold,
             "conductor.decode_s": self.conductor.decode_s,
             "prefill.dram_tokens": self.prefill.dram_tokens,
             "decode.device_tokens": self.decode.device_tokens,
@@ -108,6 +107,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, count in counts.items():
             if count is not None and not count > 0:
                 raise ValueError(f"{name} is {count}; it must be positive")
+        if not self.conductor.balancing_threshold >= 1:
+            # Below 1 an instance would fetch what it has.
+            raise ValueError("conductor.balancing_threshold must be at least 1")
         if self.colocated.step_tokens_max <= self.colocated.batch_max:
             raise ValueError("colocated.step_tokens_max must exceed colocated.batch_max")
 

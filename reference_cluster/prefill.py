@@ -57,6 +57,7 @@ class PrefillInstance:
         self.running: Queued | None = None
         self.running_end_s = 0.0  # Predicted.
         self.promised: dict[Block, int] = {}  # Blocks that what waits or runs will have stored.
+        self.lending = 0  # Fetches by other instances, which pin blocks here.
         self.changed = asyncio.Event()
 
     def queue_s(self, now_s: float) -> float:
@@ -185,5 +186,6 @@ class PrefillInstance:
     def check_integrity(self) -> None:
         """Idle: nothing promised, nothing pinned, the pool's books balanced."""
         self.pool.check_integrity()
-        assert self.queue or self.running or not self.promised, f"{self.name} promises blocks"
-        assert self.queue or self.running or not self.pool.pins, f"{self.name} pins blocks"
+        is_idle = not self.queue and not self.running
+        assert not (is_idle and self.promised), f"{self.name} promises blocks"
+        assert not (is_idle and not self.lending and self.pool.pins), f"{self.name} pins blocks"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,9 @@ from reference_cluster.cost_model import Profile
 from reference_cluster.engines.modelled import wake
 from reference_cluster.request import Request
 from reference_cluster.virtual_time import run_virtual
+
+# Look at the cluster every so many seconds, from 0 s on.
+Watch = tuple[float, Callable[[Cluster], None]]
 
 
 @dataclass(slots=True, repr=False)  # asyncio.Runner's signal check prints its task's result.
@@ -30,6 +33,7 @@ async def replay(
     profile: Profile,
     requests: Sequence[Request],
     is_step_by_step: bool = False,
+    watch: Watch | None = None,
 ) -> Simulated:
     """Offer every request at its arrival time on the running loop's clock, which reads 0 s now."""
     left = len(requests)
@@ -41,21 +45,41 @@ async def replay(
         if not left:
             all_ended.set()
 
+    crashes: list[BaseException] = []
+
+    def on_crash(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A failing callback loses its request: end the run rather than wait for it for ever."""
+        crashes.append(context.get("exception") or RuntimeError(context["message"]))
+        all_ended.set()
+
+    asyncio.get_running_loop().set_exception_handler(on_crash)
     cluster = Cluster(config, profile, on_end, steps_max=1 if is_step_by_step else None)
     serving = asyncio.create_task(cluster.run(), name="cluster")
     serving.add_done_callback(lambda _: all_ended.set())  # Nobody waits for a crashed cluster.
+    watching = asyncio.create_task(look(cluster, *watch), name="watch") if watch else None
     try:
         for request in requests:
             await sleep_until(request.timeline.arrived_s)
             cluster.submit(request)
         if left:
             await all_ended.wait()
+        if crashes:
+            raise crashes[0]
         if left:
             await serving  # Raises what it crashed with.
     finally:
         serving.cancel()
+        if watching is not None:
+            watching.cancel()
     cluster.check_integrity()
     return Simulated(requests, cluster.samples.rows)
+
+
+async def look(cluster: Cluster, every_s: float, at: Callable[[Cluster], None]) -> None:
+    """Show the cluster to `at` for ever."""
+    while True:
+        at(cluster)
+        await asyncio.sleep(every_s)
 
 
 async def sleep_until(when_s: float) -> None:
@@ -75,10 +99,11 @@ def simulate(
     profile: Profile,
     requests: Sequence[Request],
     is_step_by_step: bool = False,
+    watch: Watch | None = None,
 ) -> Simulated:
     """Run to the end in virtual time. `requests` are in order of arrival, times from 0 s."""
     with collector_paused():
-        return run_virtual(replay(config, profile, requests, is_step_by_step))
+        return run_virtual(replay(config, profile, requests, is_step_by_step, watch))
 
 
 @contextmanager

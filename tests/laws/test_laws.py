@@ -56,7 +56,7 @@ def sections(draw: Any) -> dict[str, Any]:
         "conductor": {
             "scheduling": pick(*get_args(Scheduling)),
             "admission": pick(*get_args(Admission)),
-            "balancing_threshold": pick(0.5, 1.0, 1.3, 4.0),
+            "balancing_threshold": pick(1.0, 1.3, 4.0),
         },
         "slo": {"ttft_s": pick(0.5, 3.0, 1e6), "tbt_s": pick(0.03, 0.04, 1e6)},
         "prefill": {
@@ -112,7 +112,8 @@ def prefill_keeps_its_books(instance: PrefillInstance) -> None:
         promised.update(queued.request.blocks[queued.pinned :])
     assert instance.promised == promised
     # Blocks that another instance fetches from here are pinned as well.
-    assert pinned <= Counter(instance.pool.pins)
+    pins = Counter(instance.pool.pins)
+    assert pinned <= pins if instance.lending else pinned == pins
     assert instance.pool.used + instance.pool.free == instance.pool.capacity
     # work conservation: idle, and something could run?
     is_idle = instance.running is None

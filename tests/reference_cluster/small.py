@@ -142,9 +142,15 @@ def with_cluster(
     ended: Callable[[Request], None] = lambda request: None,
     steps_max: int | None = None,
 ) -> T:
-    """Run `script` beside a cluster in virtual time. A crash of the cluster is the test's."""
+    """Run `script` beside a cluster in virtual time. Whatever fails there fails the test."""
+
+    crashes: list[BaseException] = []
+
+    def on_crash(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        crashes.append(context.get("exception") or RuntimeError(context["message"]))
 
     async def main() -> T:
+        asyncio.get_running_loop().set_exception_handler(on_crash)
         cluster = Cluster(config, profile, ended, steps_max)
         serving = asyncio.create_task(cluster.run(), name="cluster")
         acting = asyncio.ensure_future(script(cluster))
@@ -153,7 +159,10 @@ def with_cluster(
         await asyncio.gather(serving, return_exceptions=True)
         if not serving.cancelled():
             await serving  # Raises what crashed it.
-        return await acting
+        result = await acting
+        if crashes:
+            raise crashes[0]  # A callback failed, of which asyncio only makes a note.
+        return result
 
     return run_virtual(main())
 
@@ -166,6 +175,7 @@ def held(cluster: Cluster) -> list[str]:
         found[f"{prefill.name} predicts {prefill.backlog_s} s"] = prefill.backlog_s != 0.0
         found[f"{prefill.name} promises {prefill.promised}"] = bool(prefill.promised)
         found[f"{prefill.name} pins {prefill.pool.pins}"] = bool(prefill.pool.pins)
+        found[f"{prefill.name} lends"] = bool(prefill.lending)
     for decode in cluster.decode:
         found[f"{decode.name} expects {decode.expected}"] = bool(decode.expected)
         expected = decode.expected_tokens, decode.expected_kv_tokens

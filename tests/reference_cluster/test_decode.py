@@ -220,6 +220,32 @@ def test_what_a_policy_sees_mid_span_is_what_step_by_step_would_show(growth: flo
     assert len(set(spans)) > 40
 
 
+@pytest.mark.parametrize("decode_costs", [{"sequence_s": 0.05}, {"context_token_s": 0.0005}])
+@pytest.mark.parametrize("gap_s", [0.01, 0.5])
+def test_a_join_counts_those_who_wait_to_join(decode_costs: dict[str, float], gap_s: float) -> None:
+    """0.1 s and 0.05 s a sequence (of about 100 tokens), at most 0.22 s: two may decode.
+
+    The third of three is refused, be the others in the batch already or still waiting for the next
+    step; and the cluster is told.
+    """
+
+    async def main() -> list[Request]:
+        cost = costs(decode=decode_costs)
+        ended: list[Request] = []
+        instance = DecodeInstance(0, cost, ModelledEngine(cost), 10**6, 256, 0.22, ended.append)
+        running = asyncio.create_task(instance.run(), name="decode-0")
+        for number in range(3):
+            request = a_request(number, output_tokens=20)
+            instance.expect(request)
+            instance.join(request)
+            await asyncio.sleep(gap_s)
+        running.cancel()
+        return ended
+
+    refused = [(one.id, one.status, one.reason) for one in run_virtual(main())]
+    assert refused == [(2, "rejected", "tbt-at-decode")]
+
+
 class Counting(Sink):
     """Counts the tokens that it is told of."""
 
