@@ -1,4 +1,4 @@
-"""What a user types: the verbs, and what they say to bad input (one line, place, remedy, exit 2)."""
+"""What a user types: the verbs, and one line with place, remedy and exit 2 for bad input."""
 
 from __future__ import annotations
 
