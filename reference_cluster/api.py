@@ -99,11 +99,18 @@ class Front:
         self.metrics = LiveMetrics(self.cluster, self.profile.name)
         self.started_s = self.cluster.loop.time()
         self.serving = asyncio.create_task(self.cluster.run(), name="cluster")
-        self.serving.add_done_callback(report_crash)
+        self.serving.add_done_callback(self.stopped)
         try:
             yield
         finally:
             self.serving.cancel()
+
+    def stopped(self, task: asyncio.Task[None]) -> None:
+        """A crash of the cluster is told to the log and to everybody who waits for an answer."""
+        if not task.cancelled() and task.exception() is not None:
+            log.error("the cluster has stopped", exc_info=task.exception())
+            for request in list(self.cluster.in_flight.values()):
+                self.cluster.cancel(request, "the cluster has stopped")
 
     def guarded(self, handler: Handler) -> Handler:
         """Ask for the token, where one was set."""
@@ -163,8 +170,8 @@ class Front:
         """Server-sent events, one a token. Rejection is possible until the first token."""
         if not await self.wait_or_hang_up(http, request, listener):
             return Response(status_code=499)
-        if request.status == "rejected":
-            return self.rejection(Rejected(request.reason or "unknown", 1.0))
+        if request.status in ("rejected", "failed"):
+            return self.refusal(request)
 
         async def events() -> AsyncIterator[bytes]:
             try:
@@ -179,7 +186,11 @@ class Front:
                         yield answer.token_event * ready
                     if listener.has_ended:
                         break
-                yield answer.last_events(request)
+                if request.status == "failed":
+                    # No [DONE]: a stream that breaks must not look like one that ended.
+                    yield b"data: " + failure(request) + b"\n\n"
+                else:
+                    yield answer.last_events(request)
             finally:
                 self.cluster.cancel(request)
 
@@ -192,8 +203,8 @@ class Front:
             if not await self.wait_or_hang_up(http, request, listener):
                 return Response(status_code=499)
             listener.changed.clear()
-        if request.status == "rejected":
-            return self.rejection(Rejected(request.reason or "unknown", 1.0))
+        if request.status in ("rejected", "failed"):
+            return self.refusal(request)
         return Response(answer.whole(request), media_type=JSON)
 
     async def wait_or_hang_up(
@@ -209,6 +220,12 @@ class Front:
             self.cluster.cancel(request)
             return False
         return True
+
+    def refusal(self, request: Request) -> Response:
+        """Nothing was answered yet, and nothing will be."""
+        if request.status == "failed":
+            return Response(failure(request), 500, media_type=JSON)
+        return self.rejection(Rejected(request.reason or "unknown", 1.0))
 
     def rejection(self, rejected: Rejected) -> Response:
         """429, or 400 for what could never be served here."""
@@ -277,9 +294,8 @@ async def read_body(http: HttpRequest) -> bytes:
     return b"".join(parts)
 
 
-def report_crash(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.error("the cluster has stopped", exc_info=task.exception())
+def failure(request: Request) -> bytes:
+    return error_body(request.reason or "unknown", "internal_error", 500)
 
 
 def as_json(content: object) -> Response:
