@@ -25,4 +25,5 @@ def prefix_hashes(token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...
 
 def reusable_tokens(matched_blocks: int, input_tokens: int, block_tokens: int) -> int:
     """Tokens that need no computing; the last prompt token is always computed, to get an answer."""
-    return min(matched_blocks * block_tokens, input_tokens - 1)
+    matched_tokens = matched_blocks * block_tokens
+    return matched_tokens if matched_tokens < input_tokens else input_tokens - 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,13 @@ from reference_cluster.decode import DecodeInstance
 from reference_cluster.engines.modelled import ModelledEngine
 from reference_cluster.kvpool.index import PrefixIndex
 from reference_cluster.kvpool.pool import BlockPool
+from reference_cluster.kvpool.ssd import SsdTier
 from reference_cluster.messenger import Handover, Messenger
 from reference_cluster.policies.admission import Rejected, make_admission
 from reference_cluster.policies.scheduling import Placement, make_scheduling
+from reference_cluster.policies.view import Holder
 from reference_cluster.prefill import PrefillInstance, Queued
+from reference_cluster.reports import Decoding, LoadReports, Queueing
 from reference_cluster.request import OnEnd, Request
 from reference_cluster.samples import Samples
 from reference_cluster.transports.modelled import ModelledTransport
@@ -53,26 +56,35 @@ class Cluster:
             self.build_colocated()
 
     def build_disaggregated(self) -> None:
-        """Prefill instances are the nodes 0..P-1 of the network, decode instances P..P+D-1."""
+        """Prefill instances are the nodes 0..P-1 of the network, decode instances P..P+D-1.
+
+        A group of prefill nodes (CPP) is one instance, with the memory and the links of all.
+        """
         config, profile = self.config, self.profile
-        cost = CostModel(profile)
+        width, chunk_tokens = config.prefill.nodes_per_group, config.prefill.chunk_tokens
+        groups = config.prefill_groups
+        cost = CostModel(profile, stages=width, chunk_tokens=chunk_tokens)
         link = config.network.link_bytes_per_s or profile.link_bytes_per_s
-        nodes = config.prefill_instances + config.decode_instances
-        self.transport = ModelledTransport(nodes, link)
+        self.transport = ModelledTransport(groups + config.decode_instances, link)
+        for id in range(groups):
+            self.transport.widen(id, width)
         self.messenger = Messenger(self.transport, cost, config.prefill.layerwise)
-        index = PrefixIndex(config.prefill_instances)
+        index = PrefixIndex(groups)
         admission = make_admission(config.conductor, config.slo, cost)
         capacity = config.decode.device_tokens or profile.device_kv_tokens
-        dram_blocks = (config.prefill.dram_tokens or profile.dram_kv_tokens) // config.block_tokens
-        for id in range(config.prefill_instances):
+        dram_tokens = width * (config.prefill.dram_tokens or profile.dram_kv_tokens)
+        dram_blocks = dram_tokens // config.block_tokens
+        for id in range(groups):
             stored, evicted = partial(index.stored, id), partial(index.evicted, id)
+            pool = BlockPool(dram_blocks, stored, evicted, config.prefill.eviction)
             instance = PrefillInstance(
                 id,
                 cost,
                 self.make_engine(cost),
-                BlockPool(dram_blocks, stored, evicted),
+                pool,
+                self.make_ssd(pool, cost),
                 config.block_tokens,
-                config.prefill.chunk_tokens,
+                chunk_tokens,
                 self.begin_handover,
                 self.prefilled,
             )
@@ -94,19 +106,30 @@ class Cluster:
             self.transport,
             config.block_tokens,
             capacity,
+            self.make_reports(cost, self.prefill, self.decode),
         )
+
+    def make_ssd(self, pool: BlockPool, cost: CostModel) -> SsdTier | None:
+        config, width = self.config, self.config.prefill.nodes_per_group
+        blocks = width * config.prefill.ssd_tokens // config.block_tokens
+        if not blocks:
+            return None
+        block_bytes = cost.kv_bytes(config.block_tokens)
+        return SsdTier(pool, blocks, block_bytes, width * self.profile.ssd_bytes_per_s)
 
     def build_colocated(self) -> None:
         config, profile = self.config, self.profile
-        cost = CostModel(profile, is_reuse_on_device=True)
+        caching = config.colocated.prefix_caching
+        cost = CostModel(profile, is_reuse_on_device=True, is_prefix_caching=caching)
         count = config.colocated_instances
         index = PrefixIndex(count)
         capacity = config.colocated.device_tokens or profile.device_kv_tokens
         blocks = capacity // config.block_tokens
         for id in range(count):
-            pool = BlockPool(blocks, partial(index.stored, id), partial(index.evicted, id))
-            engine = self.make_engine(cost)
+            stored, evicted = partial(index.stored, id), partial(index.evicted, id)
             settings = config.colocated
+            pool = BlockPool(blocks, stored, evicted, settings.eviction)
+            engine = self.make_engine(cost)
             self.colocated.append(
                 ColocatedInstance(id, cost, engine, pool, config.block_tokens, settings, self.ended)
             )
@@ -120,7 +143,16 @@ class Cluster:
             None,
             config.block_tokens,
             blocks * config.block_tokens,
+            self.make_reports(cost, self.colocated, self.colocated),
         )
+
+    def make_reports(
+        self, cost: CostModel, prefill: Sequence[Queueing], decode: Sequence[Decoding]
+    ) -> LoadReports | None:
+        every_s = self.config.conductor.report_every_s
+        if not every_s:
+            return None
+        return LoadReports(every_s, cost, prefill, decode, bool(self.colocated))
 
     def make_engine(self, cost: CostModel) -> ModelledEngine:
         engine = ModelledEngine(cost, self.steps_max)
@@ -139,6 +171,8 @@ class Cluster:
             group.create_task(
                 self.samples.run([*map(self.sampled, self.instances)]), name="samples"
             )
+            if self.conductor.reports is not None:
+                group.create_task(self.conductor.reports.run(), name="load reports")
             if started is not None:
                 started()
 
@@ -168,28 +202,32 @@ class Cluster:
         request.prefill, request.decode = prefill.name, decode.name
         decode.expect(request)
         queued = prefill.accept(request, placement)
-        if placement.fetch is None:
+        if not queued.is_fetching:
             request.timeline.fetched_s = request.timeline.placed_s
-        else:
-            self.fetch(queued, placement, prefill)
+        if placement.fetch is not None:
+            self.fetch(queued, placement.fetch, prefill)
 
-    def fetch(self, queued: Queued, placement: Placement, prefill: PrefillInstance) -> None:
+    def fetch(self, queued: Queued, best: Holder, prefill: PrefillInstance) -> None:
         """Copy the holder's longer prefix and keep it here too: the replication of hot blocks."""
-        assert placement.fetch is not None
-        holder = self.prefill[placement.fetch.id]
-        request, blocks = queued.request, placement.fetch.blocks
-        copied = request.blocks[queued.pinned : blocks]
-        holder.pool.pin(copied)
+        holder, request = self.prefill[best.id], queued.request
+        depth, block_tokens = queued.pinned, self.config.block_tokens
+        # Less than was promised where its DRAM has no room for what it must read from SSD.
+        held, ready_s = holder.hold(request.blocks[depth : best.blocks])
+        blocks = depth + held
+        copied = request.blocks[depth:blocks]
         holder.lending += 1
-        tokens = placement.fetch.tokens - queued.pinned * self.config.block_tokens
+        tokens = min(best.tokens, blocks * block_tokens) - depth * block_tokens
         request.fetched_tokens = tokens
 
         def arrived() -> None:
-            holder.pool.unpin(copied)
+            holder.pool.unpin(copied, depth)
             holder.lending -= 1
             prefill.fetched(queued, blocks)
 
-        self.messenger.fetch(tokens, holder.id, prefill.id, arrived)
+        if ready_s > self.loop.time():
+            self.loop.call_at(ready_s, self.messenger.fetch, tokens, holder.id, prefill.id, arrived)
+        else:
+            self.messenger.fetch(tokens, holder.id, prefill.id, arrived)
 
     def begin_handover(self, request: Request, prefill_s: float) -> Handover | None:
         """A prefill begins: its KV starts to flow to the decode instance, unless none is needed."""
@@ -197,7 +235,7 @@ class Cluster:
             return None
         assert request.prefill is not None
         source, target = number(request.prefill), number(request.decode)
-        node = self.config.prefill_instances + target
+        node = self.config.prefill_groups + target
         arrived = partial(self.transferred, request, self.decode[target])
         return self.messenger.hand_over(request, source, node, prefill_s, arrived)
 

@@ -159,14 +159,20 @@ class ColocatedInstance:
         return span.end_s
 
     async def mixed_step(self, start_s: float) -> float:
-        """One step: the whole batch decodes, and prompts fill what is left of the token budget."""
+        """One step: the whole batch decodes, and prompts fill what is left of the token budget.
+
+        The prefills are charged with what the step takes longer than its decoding alone would.
+        """
         budget_tokens = self.config.step_tokens_max - self.batch.size
         filled = fill_step(iter(self.started), budget_tokens)
+        decoding_s = 0.0
+        if self.batch.size:
+            decoding_s = self.cost.step_s(self.batch.size, self.batch.context_tokens)
         span = await self.engine.mixed(start_s, self.batch, filled)
         computed = sum(chunk.end - chunk.start for chunk in filled)
         for chunk in filled:
             share = (chunk.end - chunk.start) / computed
-            chunk.request.prefill_busy_s += (span.end_s - start_s) * share
+            chunk.request.prefill_busy_s += (span.end_s - start_s - decoding_s) * share
         if self.batch.size:
             for request in self.batch.apply(span):
                 self.finish(request, span.end_s)

@@ -11,6 +11,7 @@ from reference_cluster.kvpool.index import PrefixIndex
 from reference_cluster.policies.admission import Admission, Rejected
 from reference_cluster.policies.scheduling import Placement, Scheduling
 from reference_cluster.policies.view import ClusterView, DecodeView, Holder, PrefillView
+from reference_cluster.reports import LoadReports
 from reference_cluster.request import Request
 from reference_cluster.transports.base import Transport
 
@@ -45,6 +46,7 @@ class Conductor:
         transport: Transport | None,
         block_tokens: int,
         capacity_tokens: int,
+        reports: LoadReports | None = None,
     ) -> None:
         self.cost = cost
         self.scheduling = scheduling
@@ -55,6 +57,7 @@ class Conductor:
         self.transport = transport
         self.block_tokens = block_tokens
         self.capacity_tokens = capacity_tokens
+        self.reports = reports  # None: every load is known as it is now.
         self.decode_s: float | None = None
 
     def decide(
@@ -67,14 +70,21 @@ class Conductor:
         placement = self.scheduling.place(request, view)
         request.predicted_ttft_s, request.predicted_tbt_s = placement.ttft_s, placement.tbt_s
         rejected = self.admission.admit(request, placement, view)
+        if self.reports is not None and not rejected:
+            self.reports.placed(request, placement)
         return rejected or placement
 
     def view(self, request: Request, in_flight: Collection[Request], now_s: float) -> ClusterView:
-        """Everything a policy may see, at `now_s`."""
+        """Everything a policy may see: at `now_s`, but for loads that were reported before."""
         held = self.index.match(request.blocks)
         prefill = [one.view(request, held[one.id], now_s) for one in self.prefill]
-        decode = [one.decode_view(now_s) for one in self.decode]
+        if self.reports is None:
+            decode = [one.decode_view(now_s) for one in self.decode]
+        else:
+            decode = self.reports.put_in(prefill)
         holder = self.best_holder(request, held)
+        if holder is not None:
+            holder.read_s = prefill[holder.id].read_s
         is_colocated = self.transport is None
         return ClusterView(now_s, prefill, decode, holder, is_colocated, in_flight, self.decode_s)
 

@@ -15,6 +15,7 @@ from reference_cluster.errors import ConfigError
 Scheduling = Literal["random", "least-loaded", "local-cache-aware", "kvcache-centric"]
 Admission = Literal["accept-all", "load-based", "early-rejection", "predictive"]
 Batching = Literal["prefill-first", "chunked"]
+Eviction = Literal["lru", "lfu", "length-aware"]
 System = Literal["disaggregated", "colocated"]
 
 
@@ -34,14 +35,19 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     balancing_threshold: float = 1.3
     # Predictive admission: how long every decode is taken to last; None: learned from the finished.
     decode_s: float | None = None
+    # How often an instance tells its load; 0: the Conductor knows it at every moment.
+    report_every_s: float = 0.0
 
 
 class PrefillConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Prefill instances."""
 
+    nodes_per_group: int = 1  # Nodes that are one instance: chunks flow through them (CPP).
     chunk_tokens: int = 8192  # Uncached tokens computed in one go; a cancel acts between chunks.
     layerwise: bool = True  # Stream KV to the decode instance during the prefill, not after it.
     dram_tokens: int | None = None  # KV pool a node; None: the profile's.
+    eviction: Eviction = "lru"  # Which idle block of the pool goes when room is needed.
+    ssd_tokens: int = 0  # KV on SSD a node, of blocks that DRAM lets go.
 
 
 class DecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +65,7 @@ class ColocatedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_tokens_max: int = 2048  # Budget of a step with chunked batching.
     batch_max: int = 256
     device_tokens: int | None = None
+    eviction: Eviction = "lru"  # Of blocks kept by prefix caching.
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +99,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "colocated_instances": self.colocated_instances,
             "block_tokens": self.block_tokens,
             "prefill.chunk_tokens": self.prefill.chunk_tokens,
+            "prefill.nodes_per_group": self.prefill.nodes_per_group,
             "decode.batch_max": self.decode.batch_max,
             "colocated.step_tokens_max": self.colocated.step_tokens_max,
             "colocated.batch_max": self.colocated.batch_max,
@@ -110,8 +118,22 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if not self.conductor.balancing_threshold >= 1:
             # Below 1 an instance would fetch what it has.
             raise ValueError("conductor.balancing_threshold must be at least 1")
+        if self.prefill_instances % self.prefill.nodes_per_group:
+            raise ValueError("prefill.nodes_per_group must divide prefill_instances")
+        may_be_none = {
+            "conductor.report_every_s": self.conductor.report_every_s,
+            "prefill.ssd_tokens": self.prefill.ssd_tokens,
+        }
+        for name, count in may_be_none.items():
+            if not count >= 0:
+                raise ValueError(f"{name} is {count}; it must not be negative")
         if self.colocated.step_tokens_max <= self.colocated.batch_max:
             raise ValueError("colocated.step_tokens_max must exceed colocated.batch_max")
+
+    @property
+    def prefill_groups(self) -> int:
+        """Prefill instances as the Conductor sees them: of one node, or a pipeline of several."""
+        return self.prefill_instances // self.prefill.nodes_per_group
 
     @property
     def title(self) -> str:
@@ -127,6 +149,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.system == "colocated":
             parts += [self.colocated.batching] * (self.colocated.batching != "prefill-first")
             parts += ["prefix caching"] * self.colocated.prefix_caching
+        elif self.prefill.nodes_per_group > 1:
+            parts.append(f"prefill in groups of {self.prefill.nodes_per_group}")
         default = ConductorConfig()
         for name in ("scheduling", "admission"):
             policy = getattr(self.conductor, name)

@@ -33,6 +33,15 @@ class DecodeCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context_token_s: float
 
 
+class Overheads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an engine of its time adds to bare kernel times, in seconds; nothing unless stated."""
+
+    step_s: float = 0.0  # Each step of any system: scheduling, sampling, launching kernels.
+    prefix_caching_step_s: float = 0.0  # Each step of a colocated instance with prefix caching.
+    prefix_caching_prefill_s: float = 0.0  # Each prompt there: hashing and looking up its blocks.
+    chunked_step_s: float = 0.0  # Each step that carries prefill chunks beside its decodes.
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One model on one node: its speeds and sizes, where they come from and how wrong they are."""
 
@@ -51,27 +60,74 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_factor: float = (
         1.0  # Dearer computing of a prefill chunk that shares a step with decodes.
     )
+    # Reading a node's SSD. Not from the papers: assumed, one NVMe drive on PCIe 4.0 x4.
+    ssd_bytes_per_s: float = 6e9
+    overheads: Overheads = Overheads()
 
 
 class CostModel:
     """The arithmetic of one profile. All times in seconds.
 
-    With `is_reuse_on_device` a reused prefix lies in device memory already and costs no load.
+    With `is_reuse_on_device` a reused prefix lies in device memory already and costs no load; with
+    `is_prefix_caching` a colocated instance pays for the bookkeeping of its cache. With `stages`
+    above 1 a prefill instance is a group of as many nodes, each with its share of the layers,
+    through which the chunks of prompts flow (chunked pipeline parallelism, CPP).
     """
 
-    def __init__(self, profile: Profile, is_reuse_on_device: bool = False) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        is_reuse_on_device: bool = False,
+        is_prefix_caching: bool = False,
+        stages: int = 1,
+        chunk_tokens: int = 1,
+    ) -> None:
         self.profile = profile
+        self.stages = stages
+        self.chunk_tokens = chunk_tokens
         prefill, decode = profile.prefill, profile.decode
         self.base_s, self.token_s, self.token2_s = prefill.base_s, prefill.token_s, prefill.token2_s
         self.reused_token_s = 0.0 if is_reuse_on_device else prefill.reused_token_s
         self.step_base_s, self.sequence_s = decode.base_s, decode.sequence_s
         self.context_token_s = decode.context_token_s
+        overheads = profile.overheads
+        self.step_base_s += overheads.step_s
+        self.chunked_step_s = overheads.chunked_step_s
+        # Of a prompt, wherever it is computed; a mixed step has no base of its own to hold it.
+        self.caching_s = 0.0
+        if is_prefix_caching:
+            self.caching_s = overheads.prefix_caching_prefill_s
+            self.base_s += self.caching_s
+            self.step_base_s += overheads.prefix_caching_step_s
 
     def prefill_s(self, input_tokens: int, reused_tokens: int = 0) -> float:
-        """A whole prefill of which `reused_tokens` need no computing."""
+        """A whole prefill of which `reused_tokens` need no computing, from start to last layer.
+
+        In a group of X stages, alone there: base + load of what is reused + computing / X
+        + (X - 1) / X of the dearest chunk's computing (the last, unless that is a small rest). All
+        chunks pass the first stage one by one, and the dearest is in nobody's shadow thereafter.
+        """
         n, p = input_tokens, reused_tokens
         computing_s = self.token_s * (n - p) + self.token2_s * (n * n - p * p)
+        if self.stages > 1:
+            computing_s += (self.stages - 1) * self.dearest_chunk_s(n, p)
+            computing_s /= self.stages
         return self.base_s + computing_s + self.reused_token_s * p
+
+    def occupied_s(self, input_tokens: int, reused_tokens: int = 0) -> float:
+        """How long a prefill keeps the next from starting: its time in the first stage."""
+        n, p = input_tokens, reused_tokens
+        computing_s = self.token_s * (n - p) + self.token2_s * (n * n - p * p)
+        return self.base_s + computing_s / self.stages + self.reused_token_s * p
+
+    def dearest_chunk_s(self, input_tokens: int, reused_tokens: int) -> float:
+        """Computing of the last full chunk or of the rest behind it, whichever takes longer."""
+        full = (input_tokens - reused_tokens) // self.chunk_tokens
+        rest = reused_tokens + full * self.chunk_tokens
+        rest_s = self.compute_s(rest, input_tokens)
+        if not full:
+            return rest_s
+        return max(rest_s, self.compute_s(rest - self.chunk_tokens, rest))
 
     def compute_s(self, start: int, end: int) -> float:
         """Computing the prompt tokens [start, end), attending to all before them."""
@@ -83,7 +139,8 @@ class CostModel:
 
     def mixed_step_s(self, batch: int, context_tokens: int, chunk_s: float) -> float:
         """A decode step that also carries prefill chunks of `chunk_s` seconds' computing."""
-        return self.step_s(batch, context_tokens) + self.profile.chunk_factor * chunk_s
+        decoding_s = self.step_s(batch, context_tokens) + self.chunked_step_s
+        return decoding_s + self.profile.chunk_factor * chunk_s
 
     def growth_s(self, batch: int) -> float:
         """How much longer each step of a batch is than the one before: one token a sequence."""

@@ -11,6 +11,7 @@ from reference_cluster.blocks import reusable_tokens
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
 from reference_cluster.kvpool.pool import BlockPool
+from reference_cluster.kvpool.ssd import SsdTier
 from reference_cluster.messenger import Handover
 from reference_cluster.policies.batching import chunks
 from reference_cluster.policies.scheduling import Placement
@@ -18,18 +19,26 @@ from reference_cluster.policies.view import PrefillView
 from reference_cluster.request import Block, Request
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Queued:
     """A request that waits here. Its first `pinned` blocks are in the pool and will stay."""
 
     request: Request
     predicted_s: float
     pinned: int
-    is_fetching: bool
+    awaited: int  # Of a fetch from another instance and a read from SSD, how many are under way.
+
+    @property
+    def is_fetching(self) -> bool:
+        """Blocks that it counts on are on their way."""
+        return self.awaited > 0
 
 
 class PrefillInstance:
-    """A model replica that only prefills. One request at a time, first come first served."""
+    """A model replica that only prefills. One request at a time, first come first served.
+
+    In a pipeline of nodes (CPP) the next request starts when the first stage is free.
+    """
 
     def __init__(
         self,
@@ -37,6 +46,7 @@ class PrefillInstance:
         cost: CostModel,
         engine: Engine,
         pool: BlockPool,
+        ssd: SsdTier | None,
         block_tokens: int,
         chunk_tokens: int,
         hand_over: Callable[[Request, float], Handover | None],
@@ -47,6 +57,7 @@ class PrefillInstance:
         self.cost = cost
         self.engine = engine
         self.pool = pool
+        self.ssd = ssd
         self.block_tokens = block_tokens
         self.chunk_tokens = chunk_tokens
         self.hand_over = hand_over
@@ -56,32 +67,40 @@ class PrefillInstance:
         self.backlog_s = 0.0  # Predicted prefill time of all that waits.
         self.running: Queued | None = None
         self.running_end_s = 0.0  # Predicted.
+        self.draining: list[Queued] = []  # Their last chunks are in later stages of the pipeline.
         self.promised: dict[Block, int] = {}  # Blocks that what waits or runs will have stored.
         self.lending = 0  # Fetches by other instances, which pin blocks here.
         self.changed = asyncio.Event()
 
     def queue_s(self, now_s: float) -> float:
         """Predicted time until a request that comes now could start."""
-        if self.running is None:
+        if self.running is None or self.running_end_s <= now_s:
             return self.backlog_s
-        return self.backlog_s + max(0.0, self.running_end_s - now_s)
+        return self.backlog_s + (self.running_end_s - now_s)
 
     def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
         """For a request whose first `held_blocks` are here; those on their way count as well."""
-        blocks = request.blocks
-        while held_blocks < len(blocks) and blocks[held_blocks] in self.promised:
-            held_blocks += 1
+        blocks, read_s = request.blocks, 0.0
+        if self.ssd is not None:
+            held_blocks = min(held_blocks, self.pool.capacity)  # All must come up to DRAM.
+            read_s = self.ssd.ready_s(blocks[:held_blocks], now_s) - now_s
+        if self.promised:
+            while held_blocks < len(blocks) and blocks[held_blocks] in self.promised:
+                held_blocks += 1
         reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
-        return PrefillView(self.id, self.queue_s(now_s), reused, 0)
+        return PrefillView(self.id, self.queue_s(now_s), reused, 0, read_s)
 
     def accept(self, request: Request, placement: Placement) -> Queued:
         """Take a place in the queue and hold on to what the pool has of the prefix."""
-        held = self.pool.match(request.blocks)
-        self.pool.pin(request.blocks[:held])
+        held, read_s = self.hold(request.blocks)
+        promised = self.promised
         for block in request.blocks[held:]:
-            self.promised[block] = self.promised.get(block, 0) + 1
-        predicted_s = self.cost.prefill_s(request.input_tokens, placement.reused_tokens)
-        queued = Queued(request, predicted_s, held, is_fetching=placement.fetch is not None)
+            promised[block] = promised.get(block, 0) + 1
+        predicted_s = self.cost.occupied_s(request.input_tokens, placement.reused_tokens)
+        queued = Queued(request, predicted_s, held, awaited=int(placement.fetch is not None))
+        if read_s > self.loop.time():
+            queued.awaited += 1
+            self.loop.call_at(read_s, self.arrived, queued)
         self.queue.append(queued)
         self.backlog_s += predicted_s
         self.changed.set()
@@ -89,12 +108,24 @@ class PrefillInstance:
 
     def fetched(self, queued: Queued, blocks: int) -> None:
         """The prefix's first `blocks` have come from another instance: store and keep them."""
-        request = queued.request
         self.store(queued, blocks)
-        if not request.has_ended:
-            request.timeline.fetched_s = self.loop.time()
-        queued.is_fetching = False
-        self.changed.set()
+        self.arrived(queued)
+
+    def arrived(self, queued: Queued) -> None:
+        """A fetch or a read is done; after the last the prefill may start."""
+        queued.awaited -= 1
+        if not queued.awaited:
+            if not queued.request.has_ended:
+                queued.request.timeline.fetched_s = self.loop.time()
+            self.changed.set()
+
+    def hold(self, blocks: Sequence[Block]) -> tuple[int, float]:
+        """Pin the leading blocks that are here; how many, and when all are in DRAM."""
+        if self.ssd is not None:
+            return self.ssd.hold(blocks, self.loop.time())
+        held = self.pool.match(blocks)
+        self.pool.pin(blocks[:held])
+        return held, 0.0
 
     def store(self, queued: Queued, blocks: int) -> None:
         """Extend what is stored and pinned of a request's chain to `blocks`, where room is."""
@@ -107,12 +138,11 @@ class PrefillInstance:
         queued.pinned += stored
 
     def forget_promises(self, blocks: Sequence[Block]) -> None:
+        promised = self.promised
         for block in blocks:
-            left = self.promised[block] - 1
+            left = promised.pop(block) - 1
             if left:
-                self.promised[block] = left
-            else:
-                del self.promised[block]
+                promised[block] = left
 
     async def run(self) -> None:
         """Prefill for ever."""
@@ -128,9 +158,9 @@ class PrefillInstance:
             free_s = await self.prefill(queued, free_s)
 
     def take_next(self) -> Queued | None:
-        """The first that waits for nothing: a fetch under way does not hold up the others."""
+        """The first that waits for nothing: blocks under way do not hold up the others."""
         for position, queued in enumerate(self.queue):
-            if not queued.is_fetching:
+            if not queued.awaited:
                 del self.queue[position]
                 self.backlog_s -= queued.predicted_s
                 if not self.queue:
@@ -146,7 +176,8 @@ class PrefillInstance:
             return start_s
         self.reuse(queued)
         remaining_s = self.cost.prefill_s(request.input_tokens, request.reused_tokens)
-        self.running, self.running_end_s = queued, start_s + remaining_s
+        occupied_s = self.cost.occupied_s(request.input_tokens, request.reused_tokens)
+        self.running, self.running_end_s = queued, start_s + occupied_s
         stamps = request.timeline
         # A live loop wakes late: the engine was free, on paper, before the request was here.
         stamps.prefill_start_s = max(start_s, stamps.fetched_s or start_s)
@@ -159,17 +190,34 @@ class PrefillInstance:
                 break
         request.prefill_busy_s += end_s - start_s
         self.running = None
+        drained_s = self.engine.drained_s(end_s)
+        if drained_s == end_s:
+            self.prefilled(queued, handover, end_s)
+        else:
+            self.draining.append(queued)
+            self.loop.call_at(drained_s, self.drained, queued, handover, drained_s)
+        return end_s
+
+    def drained(self, queued: Queued, handover: Handover | None, end_s: float) -> None:
+        """The last chunk has left the last stage; other prompts are in the stages before."""
+        self.draining.remove(queued)
+        self.prefilled(queued, handover, end_s)
+
+    def prefilled(self, queued: Queued, handover: Handover | None, end_s: float) -> None:
+        """All is computed, or as much as was before a cancel: keep it and hand it over."""
+        request = queued.request
         if not request.is_cancelled:
-            stamps.prefill_end_s = end_s
+            request.timeline.prefill_end_s = end_s
             self.store(queued, len(request.blocks))
         self.let_go(queued)
         self.on_prefilled(request, handover)
-        return end_s
 
     def reuse(self, queued: Queued) -> None:
         """Count on what the pool holds now: fetched, or stored by a request before this one."""
         request = queued.request
         held = self.pool.match(request.blocks)
+        if self.ssd is not None:
+            held = self.ssd.arrived(request.blocks[:held], self.loop.time())
         if held > queued.pinned:
             self.store(queued, held)
         request.reused_tokens = reusable_tokens(
@@ -186,6 +234,8 @@ class PrefillInstance:
     def check_integrity(self) -> None:
         """Idle: nothing promised, nothing pinned, the pool's books balanced."""
         self.pool.check_integrity()
-        is_idle = not self.queue and not self.running
+        if self.ssd is not None:
+            self.ssd.check_integrity()
+        is_idle = not (self.queue or self.running or self.draining)
         assert not (is_idle and self.promised), f"{self.name} promises blocks"
         assert not (is_idle and not self.lending and self.pool.pins), f"{self.name} pins blocks"

@@ -18,7 +18,13 @@ class Engine(Protocol):
     """
 
     async def prefill(self, start_s: float, chunk: Chunk) -> float:
-        """Compute one chunk; returns when it ended."""
+        """Compute one chunk; returns when the next can begin."""
+
+    def drained_s(self, end_s: float) -> float:
+        """When the chunk whose `prefill` returned `end_s` last has all its layers computed.
+
+        `end_s` itself, unless the engine is a pipeline whose first stage takes chunks.
+        """
 
     async def decode(self, start_s: float, batch: DecodeBatch, until: asyncio.Event) -> Span:
         """Run whole steps until a member has all its tokens or, at a step's end, `until` is set.

@@ -19,15 +19,29 @@ class ModelledEngine:
         self.steps_max = steps_max
         self.loop = asyncio.get_running_loop()
         self.lag_s_max = 0.0  # How late the loop woke us at worst: 0 in virtual time.
+        # Of a pipeline: when each stage after the first will have done all that has entered.
+        self.stages_free_s = [0.0] * (cost.stages - 1)
 
     async def prefill(self, start_s: float, chunk: Chunk) -> float:
         end_s = start_s + self.chunk_s(chunk)
         await self.sleep_until(end_s)
+        if self.stages_free_s:
+            self.flow_on(chunk, end_s)
         return end_s
 
+    def flow_on(self, chunk: Chunk, left_s: float) -> None:
+        """The chunk leaves the first stage and goes through the others, behind those before it."""
+        stage_s = self.cost.compute_s(chunk.start, chunk.end) / self.cost.stages
+        for stage, free_s in enumerate(self.stages_free_s):
+            left_s = max(left_s, free_s) + stage_s
+            self.stages_free_s[stage] = left_s
+
+    def drained_s(self, end_s: float) -> float:
+        return self.stages_free_s[-1] if self.stages_free_s else end_s
+
     def chunk_s(self, chunk: Chunk) -> float:
-        """The chunks of a prompt add up to `CostModel.prefill_s`."""
-        seconds = self.cost.compute_s(chunk.start, chunk.end)
+        """In the first stage. The chunks of a prompt add up to `CostModel.occupied_s`."""
+        seconds = self.cost.compute_s(chunk.start, chunk.end) / self.cost.stages
         if chunk.is_first:
             seconds += self.cost.base_s + self.cost.reused_token_s * chunk.request.reused_tokens
         return seconds
@@ -58,6 +72,7 @@ class ModelledEngine:
     async def mixed(self, start_s: float, batch: DecodeBatch, chunks: Sequence[Chunk]) -> Span:
         compute_s = sum(self.cost.compute_s(chunk.start, chunk.end) for chunk in chunks)
         step_s = self.cost.mixed_step_s(batch.size, batch.context_tokens, compute_s)
+        step_s += self.cost.caching_s * sum(chunk.is_first for chunk in chunks)
         end_s = start_s + step_s
         await self.sleep_until(end_s)
         return Span(start_s, 1, step_s, 0.0, end_s)

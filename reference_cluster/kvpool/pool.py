@@ -1,10 +1,11 @@
-"""Which blocks does one instance hold, and which goes when room is needed? LRU with pins."""
+"""Which blocks does one instance hold, and which may go when room is needed?"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+from reference_cluster.config import Eviction
+from reference_cluster.policies.eviction import LengthAware, make_order
 from reference_cluster.request import Block
 
 OnChange = Callable[[Sequence[Block]], None]
@@ -18,18 +19,23 @@ class BlockPool:
     """The blocks of one tier of one instance, at most `capacity` of them.
 
     A block is *pinned* while a request counts on it (loading, being written, being sent) and then
-    never evicted; otherwise it waits in `idle`, least recently used first. Prefix chains are
-    released deepest block first, so that the ends of prefixes go before their beginnings.
+    never evicted; otherwise it waits in `idle`, in the order of the eviction policy. Prefix chains
+    are released deepest block first, so that the ends of prefixes go before their beginnings.
     """
 
     def __init__(
-        self, capacity: int, on_stored: OnChange = ignore, on_evicted: OnChange = ignore
+        self,
+        capacity: int,
+        on_stored: OnChange = ignore,
+        on_evicted: OnChange = ignore,
+        eviction: Eviction = "lru",
     ) -> None:
         self.capacity = capacity
         self.on_stored = on_stored
         self.on_evicted = on_evicted
         self.pins: dict[Block, int] = {}
-        self.idle: OrderedDict[Block, None] = OrderedDict()
+        self.idle = make_order(eviction)
+        self.by_depth = self.idle if isinstance(self.idle, LengthAware) else None
         self.reserved = 0  # Blocks promised to something that has no keys, like running decodes.
         self.evictions = 0
 
@@ -62,9 +68,14 @@ class BlockPool:
                 del idle[block]
             pins[block] = held + 1
 
-    def unpin(self, blocks: Sequence[Block]) -> None:
-        """Undo one `pin` of each; the first block becomes the most recently used."""
+    def unpin(self, blocks: Sequence[Block], depth: int = 0) -> None:
+        """Undo one `pin` of each; the first block becomes the most recently used.
+
+        `depth` is how many blocks of the same prompt come before the first.
+        """
         pins, idle = self.pins, self.idle
+        if self.by_depth is not None:
+            self.by_depth.place(blocks, depth)
         for block in reversed(blocks):
             held = pins[block] - 1
             if held:
@@ -89,15 +100,15 @@ class BlockPool:
                 continue
             if block in idle:
                 del idle[block]
-            else:
-                if free > 0:
-                    free -= 1
-                elif idle:
-                    evicted.append(idle.popitem(last=False)[0])
-                else:
-                    fitted = count
-                    break
+            elif free > 0:
+                free -= 1
                 stored.append(block)
+            elif idle:
+                evicted.append(idle.popitem(last=False)[0])
+                stored.append(block)
+            else:
+                fitted = count
+                break
             pins[block] = 1
         # A block that is both was evicted first: what is stored is pinned.
         if evicted:
@@ -105,6 +116,10 @@ class BlockPool:
         if stored:
             self.on_stored(stored)
         return fitted
+
+    def discard(self, block: Block) -> None:
+        """Give up a block that nobody needs, for another tier has it."""
+        del self.idle[block]
 
     def make_room(self, blocks: int) -> bool:
         """Evict idle blocks until that many fit; False (and what could be evicted gone) if not."""

@@ -81,6 +81,12 @@ class PredictiveRejection:
     Early rejection looks at a decode load that is one prefill time old when it matters, and so
     swings between refusing all and none. Every decode is taken to last equally long
     (system-level prediction, Mooncake section 7.4), unless `decode_time` predicts each request's.
+
+    How long, t_d, decides how much is refused. The mean of what has finished, which is learned, is
+    right where a request queues for about as long as it decodes: over such a time as many leave as
+    t_d says. Where prefills are short against decodes it promises too much: whoever is found
+    decoding has outlived the short ones, and room that does come free goes to later requests with
+    shorter prompts. Give `decode_s` as what 95 % of decodes stay below there.
     """
 
     is_rechecking = True
@@ -101,8 +107,7 @@ class PredictiveRejection:
         if rejected := late_first_token(placement, self.slo):
             return rejected
         at_s = view.now_s + placement.ttft_s
-        instance, decode_time = view.decode[placement.decode], self.decode_time_at(view)
-        tbt_s = predicted_tbt_s(request, instance, view, self.cost, at_s, decode_time)
+        tbt_s = predicted_tbt_s(request, view, self.cost, at_s, self.decode_time_at(view))
         request.predicted_tbt_s = tbt_s
         if tbt_s > self.slo.tbt_s:
             return Rejected("tbt", 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from reference_cluster.cost_model import CostModel
-from reference_cluster.policies.view import ClusterView, DecodeView
+from reference_cluster.policies.view import ClusterView
 from reference_cluster.request import Request
 
 DecodeTime = Callable[[Request], float]  # Predicted seconds of one request's decode.
@@ -36,15 +36,15 @@ def decoding_at(
 
 
 def predicted_tbt_s(
-    request: Request,
-    instance: DecodeView,
-    view: ClusterView,
-    cost: CostModel,
-    at_s: float,
-    decode_s: DecodeTime,
+    request: Request, view: ClusterView, cost: CostModel, at_s: float, decode_s: DecodeTime
 ) -> float:
-    """Step time of a decode instance at `at_s` if `request` joins it then."""
-    placed = [one for one in view.in_flight if one.decode == instance.name]
-    decoding = decoding_at(placed, at_s, view.now_s, decode_s)
-    context_tokens = sum(one.input_tokens for one in decoding) + request.input_tokens
-    return cost.step_s(len(decoding) + 1, context_tokens)
+    """Step time of a decode instance at `at_s` if `request` joins it then.
+
+    System-level: whoever decodes by then is taken to be spread evenly over the instances. Where
+    each was placed says less, as by then others will have gone there to even it out.
+    """
+    decoding = decoding_at(view.in_flight, at_s, view.now_s, decode_s)
+    context_tokens = sum(one.input_tokens for one in decoding)
+    idle_s = cost.step_s(0, 0)
+    others_s = (cost.step_s(len(decoding), context_tokens) - idle_s) / len(view.decode)
+    return others_s + cost.step_s(1, request.input_tokens)

@@ -42,8 +42,9 @@ class KVCacheCentric:
 
     def place(self, request: Request, view: ClusterView) -> Placement:
         options = []
+        holder = view.holder if self.is_fetching else None
         for instance in view.prefill:
-            fetch = self.worth_fetching(instance, view.holder)
+            fetch = holder and self.worth_fetching(instance, holder)
             ttft_s = self.ttft_s(request, instance, fetch)
             # Ties (idle colocated instances) go to the emptiest, then to the lowest id, so that a
             # seed fixes the whole run.
@@ -52,22 +53,24 @@ class KVCacheCentric:
         reused = fetch.tokens if fetch else view.prefill[prefill].reused_tokens
         return complete(request, view, self.cost, prefill, ttft_s, reused, fetch)
 
-    def worth_fetching(self, instance: PrefillView, holder: Holder | None) -> Holder | None:
+    def worth_fetching(self, instance: PrefillView, holder: Holder) -> Holder | None:
         """Algorithm 1: best_len / prefix_len over the threshold; x/0 is over, 0/0 is not."""
-        if not self.is_fetching or holder is None or holder.id == instance.id:
+        if holder.id == instance.id:
             return None
         is_over = holder.tokens > self.balancing_threshold * instance.reused_tokens
         return holder if is_over else None
 
     def ttft_s(self, request: Request, instance: PrefillView, fetch: Holder | None) -> float:
         """T_transfer + T_queue + T_prefill."""
+        start_s = instance.queue_s
+        if instance.read_s > start_s:
+            start_s = instance.read_s
         if fetch is None:
-            prefill_s = self.cost.prefill_s(request.input_tokens, instance.reused_tokens)
-            return instance.queue_s + prefill_s
+            return start_s + self.cost.prefill_s(request.input_tokens, instance.reused_tokens)
         missing = fetch.tokens - instance.reused_tokens
-        transfer_s = self.cost.kv_bytes(missing) / fetch.bytes_per_s
+        transfer_s = fetch.read_s + self.cost.kv_bytes(missing) / fetch.bytes_per_s
         prefill_s = self.cost.prefill_s(request.input_tokens, fetch.tokens)
-        return transfer_s + instance.queue_s + prefill_s
+        return transfer_s + start_s + prefill_s
 
 
 class LocalCacheAware(KVCacheCentric):
@@ -101,7 +104,7 @@ class Random:
 def here(request: Request, view: ClusterView, cost: CostModel, instance: PrefillView) -> Placement:
     """Placed on a chosen prefill instance, with what its own pool holds."""
     prefill_s = cost.prefill_s(request.input_tokens, instance.reused_tokens)
-    ttft_s = instance.queue_s + prefill_s
+    ttft_s = max(instance.queue_s, instance.read_s) + prefill_s
     return complete(request, view, cost, instance.id, ttft_s, instance.reused_tokens, None)
 
 

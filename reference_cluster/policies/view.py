@@ -16,6 +16,7 @@ class PrefillView:
     queue_s: float  # Predicted seconds until it could start this request.
     reused_tokens: int  # Of this request's prompt, in its own pool by the time it would start.
     context_tokens: int  # In its decode batch and its waiting requests; 0 on a prefill instance.
+    read_s: float = 0.0  # Seconds until what it has of the prompt on SSD could be in its DRAM.
 
 
 @dataclass(slots=True)
@@ -39,6 +40,7 @@ class Holder:
     blocks: int
     tokens: int
     bytes_per_s: float  # What a new transfer from it could get of its link.
+    read_s: float = 0.0  # Seconds until what it has on SSD could leave.
 
 
 @dataclass(slots=True)

@@ -95,6 +95,11 @@ class ModelledTransport:
         self.started = 0
         self.moved_bytes = 0.0
 
+    def widen(self, node: int, times: int) -> None:
+        """This node stands for several, each with its links."""
+        for link in (self.sending[node], self.receiving[node]):
+            link.bytes_per_s *= times
+
     def start(
         self,
         source: int,

@@ -46,8 +46,8 @@ SMALL = Profile(
 
 
 def a_profile(**changes: Any) -> Profile:
-    """The small profile with other fields; `prefill` and `decode` are dicts of changes."""
-    for name in ("prefill", "decode"):
+    """The small profile with other fields; those of sections are dicts of changes."""
+    for name in ("prefill", "decode", "overheads"):
         if name in changes:
             changes[name] = msgspec.structs.replace(getattr(SMALL, name), **changes[name])
     return msgspec.structs.replace(SMALL, **changes)

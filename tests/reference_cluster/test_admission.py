@@ -189,17 +189,33 @@ def test_predictive_looks_at_the_time_when_it_will_decode(
     assert rejected == (Rejected("tbt", 1.0) if batch > 1 else None)
 
 
-def test_predictive_counts_those_placed_on_the_same_instance() -> None:
-    """Two there and one elsewhere, of 100 tokens each: 3 sequences and 300 tokens with this one."""
+@pytest.mark.parametrize(("instances", "sequences"), [(1, 4.0), (2, 2.5), (3, 2.0)])
+def test_predictive_spreads_who_decodes_over_the_instances(
+    instances: int, sequences: float
+) -> None:
+    """Three others of 100 tokens, wherever they were placed, and this one where it will join."""
     cost = costs(decode={"sequence_s": 0.01, "context_token_s": 1e-4})
     elsewhere = decoding()
     elsewhere.decode = "decode-1"
     in_flight = [decoding(), elsewhere, decoding()]
-    view = ClusterView(3.0, [], [ROOMY], None, False, in_flight=in_flight)
+    view = ClusterView(3.0, [], [ROOMY] * instances, None, False, in_flight=in_flight)
     request = a_request()
     config = ConductorConfig(admission="predictive", decode_s=99.0)
     make_admission(config, SLO, cost).admit(request, Placement(0, 0, 5.0, 0.0, 0), view)
-    assert request.predicted_tbt_s == pytest.approx(0.1 + 0.01 * 3 + 1e-4 * 300)
+    assert request.predicted_tbt_s == pytest.approx(0.1 + (0.01 + 1e-4 * 100) * sequences)
+
+
+@pytest.mark.parametrize(
+    ("admission", "reason"), [("early-rejection", "tbt-at-decode"), ("predictive", "tbt")]
+)
+def test_predictive_sees_who_is_still_being_prefilled(admission: str, reason: str) -> None:
+    """A step takes 0.2 s for one sequence and 0.3 s for two, too long. Of two that come together
+    early rejection prefills both, as nobody decodes yet, and one of them in vain.
+    """
+    requests = [a_request(id, output_tokens=50) for id in range(2)]
+    config = a_config(prefill_instances=2, conductor={"admission": admission}, slo={"tbt_s": 0.25})
+    served(config, requests, profile=a_profile(decode={"sequence_s": 0.1}))
+    assert sorted(statuses(requests), key=str) == [("finished", None), ("rejected", reason)]
 
 
 def test_predictive_refuses_late_first_tokens_and_full_memory_too() -> None:

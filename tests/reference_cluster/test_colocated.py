@@ -86,6 +86,27 @@ def test_chunks_beside_decodes_are_dearer() -> None:
     assert request.timeline.first_token_s == pytest.approx(0.16)
 
 
+def test_prefills_are_charged_with_what_they_add_to_a_step() -> None:
+    """Beside one decode: 29, 29, 29 and 13 tokens of 1 ms; each step's 0.1 s are decoding's."""
+    first, second = a_request(0, output_tokens=7), a_request(1, output_tokens=2, arrived_s=0.55)
+    served(CHUNKED, [first, second])
+    assert second.prefill_busy_s == pytest.approx(0.1)
+
+
+def test_overheads_of_caching_and_mixing_add_up() -> None:
+    """One step of 30 tokens: 0.1 + 0.01 + 0.005 + 0.03 s, and 0.02 s for the prompt's blocks."""
+    request = a_request(input_tokens=30, output_tokens=2)
+    overheads = {
+        "prefix_caching_step_s": 0.01,
+        "prefix_caching_prefill_s": 0.02,
+        "chunked_step_s": 0.005,
+    }
+    settings = {"batching": "chunked", "step_tokens_max": 30, "batch_max": 8}
+    config = colocated(prefix_caching=True, **settings)
+    served(config, [request], profile=a_profile(overheads=overheads))
+    assert token_times(request) == pytest.approx([0.165, 0.275])
+
+
 @pytest.mark.parametrize(("caching", "reused"), [(True, 99), (False, 0)])
 def test_prefixes_are_reused_if_caching_is_on(caching: bool, reused: int) -> None:
     """The same prompt again: 0.101 s, or 0.2 s as before."""

@@ -38,6 +38,19 @@ def test_the_profile_is_within_its_stated_error(
     assert A800.prefill_s(tokens, round(0.95 * tokens)) == pytest.approx(cached_s, rel=0.043)
 
 
+# Figure 2 of arXiv 2407.00079: k tokens, prefill latency over that of 128k tokens.
+FIGURE_2 = [(8, 0.0337), (16, 0.0712), (32, 0.158), (64, 0.3729), (96, 0.6532), (128, 1.0)]
+
+
+def test_the_llama2_profile_has_the_published_shape() -> None:
+    """1.2 % of every point, as it says; its scale is LLaMA3-70B's at 128k tokens."""
+    cost = CostModel(load_profile("a800-llama2-70b"))
+    whole_s = cost.prefill_s(128 * 1024)
+    assert whole_s == pytest.approx(27.512, rel=0.005)
+    for k_tokens, share in FIGURE_2:
+        assert cost.prefill_s(k_tokens * 1024) / whole_s == pytest.approx(share, rel=0.012)
+
+
 def test_a_prefill_is_quadratic_in_the_prompt() -> None:
     """0.1 + 0.001 x 100 + 0.00001 x 100^2 = 0.3 s; the second half costs more than the first."""
     cost = costs(prefill={"token2_s": 1e-5})
@@ -58,6 +71,24 @@ def test_a_step_is_linear_in_batch_and_context() -> None:
     cost = costs(decode={"sequence_s": 0.01, "context_token_s": 1e-4}, chunk_factor=1.5)
     assert cost.step_s(3, 500) == pytest.approx(0.18)
     assert cost.mixed_step_s(3, 500, 0.2) == pytest.approx(0.48)
+
+
+def test_every_step_pays_the_engines_overhead() -> None:
+    """0.1 s of kernels and 0.05 s around them; beside a chunk of 0.2 s another 0.03 s."""
+    cost = costs(overheads={"step_s": 0.05, "chunked_step_s": 0.03})
+    assert cost.step_s(1, 100) == pytest.approx(0.15)
+    assert cost.mixed_step_s(1, 100, 0.2) == pytest.approx(0.38)
+    assert cost.span_s(1, 100, 4) == pytest.approx(0.6)
+    assert cost.prefill_s(100) == pytest.approx(0.2)
+
+
+def test_prefix_caching_pays_for_its_bookkeeping() -> None:
+    """0.01 s a step and 0.02 s a prompt, only where it is on."""
+    caching = {"prefix_caching_step_s": 0.01, "prefix_caching_prefill_s": 0.02}
+    profile = a_profile(overheads=caching)
+    on, off = (CostModel(profile, is_prefix_caching=is_on) for is_on in (True, False))
+    assert (on.step_s(1, 1), on.prefill_s(100)) == pytest.approx((0.11, 0.22))
+    assert (off.step_s(1, 1), off.prefill_s(100)) == pytest.approx((0.1, 0.2))
 
 
 def test_a_span_is_the_sum_of_its_steps() -> None:
