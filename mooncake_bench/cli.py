@@ -1,11 +1,11 @@
-"""What can be typed? `mooncake-bench simulate | serve | replay | report | demo | trace ...`."""
+"""What can be typed? simulate | serve | replay | report | demo | reproduce | trace"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -15,14 +15,19 @@ from rich.table import Table
 from mooncake_bench.records import RecordsError, Run, read_run
 from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.options import ReplayOptions, as_command, options_from
+from mooncake_bench.reproduce.errors import ReproduceError
+from mooncake_bench.reproduce.progress import RunsBar
 from mooncake_bench.slo import SloError, parse_slo, percent, seconds
 from reference_cluster.config import ClusterConfig, load_config
 from reference_cluster.cost_model import Profile, load_profile
 from reference_cluster.errors import ClusterError
-from workloads.trace import TraceError
+from workloads.trace import Trace, TraceError
 
-BAD_INPUT, INVALID_RUN = 2, 3
-EXPECTED = (ClusterError, RecordsError, ReplayError, SloError, TraceError)
+if TYPE_CHECKING:
+    from mooncake_bench.replay.client import Progress
+
+BAD_INPUT, INVALID_RUN, INTERRUPTED = 2, 3, 130
+EXPECTED = (ClusterError, RecordsError, ReplayError, ReproduceError, SloError, TraceError)
 
 results = Console()
 diagnostics = Console(stderr=True)
@@ -32,7 +37,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Does disaggregated serving pay for my traffic, and how much can I take within my SLOs?",
 )
-trace_app = typer.Typer(no_args_is_help=True, help="Workloads: look at, check, make, fetch.")
+trace_app = typer.Typer(
+    no_args_is_help=True,
+    help="Workloads: look at, check, make, fetch. Files: Mooncake JSON lines (with session_id, "
+    "delay, class where wanted), Azure CSV, BurstGPT CSV, Qwen-Bailian JSON lines, ShareGPT JSON, "
+    "prompts or messages as JSON lines, a directory of ServeGen clients.",
+)
 app.add_typer(trace_app, name="trace")
 
 # ---- flags shared by simulate and serve ------------------------------------------------------
@@ -169,7 +179,7 @@ def serve(
 
 
 def replay(options: ReplayOptions) -> None:
-    """Replay a trace in open loop against an OpenAI-compatible endpoint, without Locust."""
+    """Replay a trace against an OpenAI-compatible endpoint, without Locust; or search capacity."""
     from mooncake_bench.replay.prepare import load_trace
     from mooncake_bench.replay.run import replay as replay_trace
     from mooncake_bench.replay.run import write
@@ -180,6 +190,9 @@ def replay(options: ReplayOptions) -> None:
             f"{missing} is missing; give {missing} (see mooncake-bench replay --help)"
         )
     loaded = load_trace(options)
+    if options.search:
+        search_capacity(loaded, options)
+        return
     with diagnostics.status("connecting") as status:
         result = replay_trace(
             loaded, options.url, options, lambda progress: status.update(str(progress))
@@ -187,6 +200,54 @@ def replay(options: ReplayOptions) -> None:
     run = write(result, loaded, options, Path(options.out))
     show_summary([run])
     if not run.info.valid:
+        raise typer.Exit(INVALID_RUN)
+
+
+def search_capacity(trace: Trace, options: ReplayOptions) -> None:
+    """Probe by bisection; the table and the capacity on stdout, progress on stderr."""
+    from mooncake_bench.replay.search import Probe, SearchInterrupted, says, search
+
+    with diagnostics.status("connecting") as status:
+
+        def on_progress(value: float, progress: Progress) -> None:
+            status.update(f"{options.search} {value:g}: {progress}")
+
+        def on_probe(probe: Probe) -> None:
+            diagnostics.print(says(probe, options.target), highlight=False, soft_wrap=True)
+            status.update("next probe")
+
+        try:
+            found = search(trace, options.url, options, on_probe, on_progress)
+        except SearchInterrupted as stop:
+            diagnostics.print(
+                f"{stop}; the probes are kept in {options.out}, the same command goes on there",
+                highlight=False,
+                soft_wrap=True,
+            )
+            raise typer.Exit(INTERRUPTED) from None
+    table = Table(
+        str(options.search),
+        "req/s",
+        "offered",
+        "within SLO",
+        "95 % of it",
+        "TTFT p99",
+        "",
+        box=None,
+    )
+    for one in sorted(found.probes, key=lambda probe: probe.value):
+        span = f"{percent(one.low)} to {percent(one.high)}" if not one.stopped else "stopped early"
+        verdict = ("holds" if one.holds else "over") + (
+            "" if one.is_clear else ", too close to tell"
+        )
+        table.add_row(
+            f"{one.value:g}", f"{one.rate_rps:.3g}", str(one.offered), percent(one.attainment),
+            span, seconds(one.ttft_p99_s), verdict if one.valid else "client too slow",
+        )  # fmt: skip  # one line a cell would hide the table
+    results.print(table)
+    results.print(found.sentence, highlight=False, soft_wrap=True)
+    results.print(f"written to {options.out}", highlight=False, soft_wrap=True)
+    if not found.valid:
         raise typer.Exit(INVALID_RUN)
 
 
@@ -216,6 +277,40 @@ def demo(
     from mooncake_bench.demo import run_demo
 
     run_demo(out, seconds_live, lambda line: diagnostics.print(line, highlight=False))
+
+
+@app.command()
+def reproduce(
+    figures: Annotated[
+        list[str] | None, typer.Argument(help="like fast25-fig1 arxiv-table3; none: all")
+    ] = None,
+    trace_dir: Annotated[
+        Path | None,
+        typer.Option(envvar="MOONCAKE_TRACES", help="directory with Mooncake's trace files"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="page, JSON, and the runs kept for the next time")] = (
+        Path("reproduced")
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="runs at a time, a process each")] = 2,
+) -> None:
+    """Run the Mooncake papers' experiments in virtual time, beside the published figures."""
+    from mooncake_bench.reproduce.main import reproduce as reproduce_figures
+
+    try:
+        with RunsBar(diagnostics) as bar:
+            found = reproduce_figures(figures or [], trace_dir, out, workers, bar.advance)
+    except KeyboardInterrupt:
+        diagnostics.print(
+            f"interrupted; what had begun is kept in {out}, the same command goes on from there",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    table = Table("figure", "bounds", "largest error", "CPU s", box=None)
+    for one in found:
+        table.add_row(*one.in_short)
+    results.print(table)
+    results.print(f"written to {out}", highlight=False, soft_wrap=True)
 
 
 # ---- workloads -------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def _reasons(comparison: Comparison) -> list[str]:
     }
     sentences = []
     for side in contenders(comparison)[:2]:
-        counts = metrics.misses(side.frame, comparison.slo)
+        counts = metrics.misses(side.frame, comparison.slo, side.run.info.slo_by_class)
         offered = max(side.frame.height, 1)
         parts = [
             f"{percent(count / offered)} {words[cause]}"
@@ -310,7 +310,7 @@ def _side(run: Run, short: str) -> Side:
     is_disaggregated = run.info.system == "disaggregated"
     return Side(
         run=run,
-        frame=metrics.per_request(run.requests, run.spans),
+        frame=metrics.measured(metrics.per_request(run.requests, run.spans), run.info.measured_s),
         short=short,
         name=f"disaggregated {short}" if is_disaggregated else short,
         attainment=run.summary.get("attainment") or 0.0,

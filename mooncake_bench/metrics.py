@@ -6,7 +6,7 @@ Percentiles interpolate linearly between the two nearest ranks, as numpy's defau
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from mooncake_bench.accounting import accounting
 from mooncake_bench.slo import TBT_BOUNDS_S, Slo
 
 if TYPE_CHECKING:
@@ -39,21 +40,37 @@ def summarise(
     (`ttft_s`, `tbt_s`, ...) are over finished requests; `attainment` is over offered ones.
     `goodput_rps` divides by the span from 0 to the last arrival or the last finish, whichever is
     later, so that neither a drained queue nor a quick refusal of everything makes it look better.
+    With `info.measured_s` only the requests that arrive in it count, and times start with it.
     """
-    frame = per_request(requests, spans)
+    return summarise_frame(info, per_request(requests, spans), samples)
+
+
+def summarise_frame(info: RunInfo, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, Any]:
+    """`summarise`, for who has the `per_request` frame already: it takes most of the time."""
+    every = frame.height
+    frame = _from_start(measured(frame, info.measured_s), info.measured_s)
     finished = frame.filter(pl.col("status") == "finished")
     return {
         **_counts(frame),
         **_times(finished),
-        **_against_slo(frame, info.slo),
+        **_against_slo(frame, info.slo, info.slo_by_class),
         **_efficiency(frame, finished),
         **_refusals(frame),
+        "accounting": accounting(frame),
+        "measured": _measured_window(info.measured_s, every - frame.height),
         "lag_s": _spread(frame["sent_s"] - frame["arrival_s"]),
         "client_cpu": info.client.get("cpu"),
         "load_by_role": _load_by_role(samples),
         "valid": info.valid,
         "source": info.source,
     }
+
+
+def measured(frame: pl.DataFrame, window_s: tuple[float, float] | None) -> pl.DataFrame:
+    """The rows that arrive in [start, end), seconds; all of them without a window."""
+    if window_s is None:
+        return frame
+    return frame.filter(pl.col("arrival_s") >= window_s[0], pl.col("arrival_s") < window_s[1])
 
 
 def per_request(requests: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
@@ -120,26 +137,38 @@ def token_gaps(requests: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame({"request": np.repeat(ids, counts), "gap_s": gaps})
 
 
-def attained(frame: pl.DataFrame, slo: Slo) -> pl.Series:
+def attained(frame: pl.DataFrame, slo: Slo, by_class: Mapping[str, Slo] | None = None) -> pl.Series:
     """For each row of `per_request`: did it finish with TTFT and TBT within the bounds?
 
-    A finished request without gaps (one token of output) meets any TBT bound.
+    A finished request without gaps (one token of output) meets any TBT bound. Requests of a class
+    in `by_class` are held to its bounds, all others to `slo`.
     """
+    ttft_s, tbt_s = _bound("ttft_s", slo, by_class), _bound("tbt_s", slo, by_class)
     within = (
         (pl.col("status") == "finished")
-        & (pl.col("ttft_s") <= slo.ttft_s).fill_null(False)
-        & (pl.col("tbt_s") <= slo.tbt_s).fill_null(True)
+        & (pl.col("ttft_s") <= ttft_s).fill_null(False)
+        & (pl.col("tbt_s") <= tbt_s).fill_null(True)
     )
     return frame.select(within.alias("attained")).to_series()
 
 
-def misses(frame: pl.DataFrame, slo: Slo) -> dict[str, int]:
+def _bound(name: str, slo: Slo, by_class: Mapping[str, Slo] | None) -> pl.Expr:
+    bounds = {key: getattr(one, name) for key, one in (by_class or {}).items()}
+    general = pl.lit(getattr(slo, name))
+    if not bounds:
+        return general
+    return pl.col("class").replace_strict(bounds, default=general, return_dtype=pl.Float64)
+
+
+def misses(
+    frame: pl.DataFrame, slo: Slo, by_class: Mapping[str, Slo] | None = None
+) -> dict[str, int]:
     """How many offered requests missed the SLO, and by what; each is counted once.
 
     Keys: rejected, failed, and of the finished ones late_first_token, slow_tokens, both.
     """
-    late = (pl.col("ttft_s") > slo.ttft_s).fill_null(True)
-    slow = (pl.col("tbt_s") > slo.tbt_s).fill_null(False)
+    late = (pl.col("ttft_s") > _bound("ttft_s", slo, by_class)).fill_null(True)
+    slow = (pl.col("tbt_s") > _bound("tbt_s", slo, by_class)).fill_null(False)
     finished = pl.col("status") == "finished"
     causes = {
         "rejected": pl.col("status") == "rejected",
@@ -308,8 +337,8 @@ def _times(finished: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _against_slo(frame: pl.DataFrame, slo: Slo) -> dict[str, Any]:
-    met = int(attained(frame, slo).sum())
+def _against_slo(frame: pl.DataFrame, slo: Slo, by_class: Mapping[str, Slo]) -> dict[str, Any]:
+    met = int(attained(frame, slo, by_class).sum())
     finished = int((frame["status"] == "finished").sum())
     goodput = _ratio(met, _goodput_span(frame))
     return {
@@ -319,7 +348,8 @@ def _against_slo(frame: pl.DataFrame, slo: Slo) -> dict[str, Any]:
             str(bound): _ratio(int(attained(frame, Slo(slo.ttft_s, bound)).sum()), frame.height)
             for bound in TBT_BOUNDS_S
         },
-        "missed_by": misses(frame, slo),
+        "missed_by": misses(frame, slo, by_class),
+        "by_class": _by_class(frame, slo, by_class),
         "attainment_of_finished": _ratio(met, finished),
         "goodput_rps": goodput,
         # A ratio of rates: below the attainment where the run went on after the last arrival.
@@ -327,6 +357,41 @@ def _against_slo(frame: pl.DataFrame, slo: Slo) -> dict[str, Any]:
             goodput, _ratio(frame.height, _number(frame["arrival_s"].max()))
         ),
     }
+
+
+def _by_class(
+    frame: pl.DataFrame, slo: Slo, by_class: Mapping[str, Slo]
+) -> dict[str, dict[str, Any]]:
+    """Attainment and times of each class of the trace; {} where it has none."""
+    if "class" not in frame.columns:
+        return {}
+    found = {}
+    for name in frame["class"].drop_nulls().unique().sort().to_list():
+        rows = frame.filter(pl.col("class") == name)
+        finished = rows.filter(pl.col("status") == "finished")
+        bounds = by_class.get(name, slo)
+        found[name] = {
+            "slo": {"ttft_s": bounds.ttft_s, "tbt_s": bounds.tbt_s},
+            "offered": rows.height,
+            "finished": finished.height,
+            "attainment": _ratio(int(attained(rows, bounds).sum()), rows.height),
+            "ttft_s": _spread(finished["ttft_s"]),
+            "tbt_s": _spread(finished["tbt_s"]),
+        }
+    return found
+
+
+def _measured_window(window_s: tuple[float, float] | None, excluded: int) -> dict[str, Any] | None:
+    if window_s is None:
+        return None
+    return {"start_s": window_s[0], "end_s": window_s[1], "excluded": excluded}
+
+
+def _from_start(frame: pl.DataFrame, window_s: tuple[float, float] | None) -> pl.DataFrame:
+    """Times of the run counted from the start of the window, so that rates are over it."""
+    if window_s is None:
+        return frame
+    return frame.with_columns(pl.col("arrival_s", "sent_s", "finished_s") - window_s[0])
 
 
 def _efficiency(frame: pl.DataFrame, finished: pl.DataFrame) -> dict[str, Any]:
@@ -358,6 +423,9 @@ def _refusals(frame: pl.DataFrame) -> dict[str, Any]:
     return {
         "wasted_prefill_tokens": int(computed.sum()) if reported else None,
         "time_to_rejection_s": _spread(rejected["e2e_s"]),
+        "retry_after_s": _spread(
+            rejected["retry_after_s"] if "retry_after_s" in frame.columns else pl.Series([])
+        ),
     }
 
 

@@ -52,7 +52,12 @@ REQUESTS: dict[str, pl.DataType] = {
     "status": _TEXT,  # finished | rejected | failed; never null
     "reason": _TEXT,  # why rejected or failed
     "http_status": _INT,
+    "class": _TEXT,  # of the trace, for bounds of its own; null where the trace has none
+    "attempts": _INT,  # sends of this one request, 1 without retries; null when simulated
+    "retry_after_s": _FLOAT,  # what the last rejection asked for
 }
+# Columns that runs of earlier versions lack; null there.
+_SINCE_FIRST = ("class", "attempts", "retry_after_s")
 
 # Token times after the first token: token j (from 0) of a row is at
 # start_s + (j + 1) first_gap_s + growth_s j (j + 1) / 2. Rows of a request are in time order.
@@ -62,6 +67,14 @@ SPANS: dict[str, pl.DataType] = {
     "steps": _INT,  # tokens of the row, at least 1
     "first_gap_s": _FLOAT,
     "growth_s": _FLOAT,  # by how much each gap is longer than the one before
+}
+
+# What the server's /metrics said during the run; a row where a value has changed.
+SERVER_METRICS: dict[str, pl.DataType] = {
+    "time_s": _FLOAT,  # on the clock of the requests
+    "name": _TEXT,
+    "labels": _TEXT,  # as written: 'engine="0",model_name="x"'
+    "value": _FLOAT,
 }
 
 # One row an instance and sampling instant.
@@ -96,7 +109,9 @@ class RunInfo(msgspec.Struct, kw_only=True):
     `source` is one of SOURCES, `system` one of SYSTEMS. The report reads, where present:
     `trace` {name, sha256, jittered, transforms, block_tokens}, `config` (resolved, free shape),
     `profile` {name, source, error}, `client` {cpu: share of one core, ...}, `machine`
-    (`fingerprint()`), `versions` (`installed_versions()`). `started_at` is an ISO time.
+    (`fingerprint()`), `versions` (`installed_versions()`). `started_at` is an ISO time. Requests
+    of a class in `slo_by_class` have its bounds instead of `slo`. With `measured_s` only requests
+    that arrive in [start, end) count in the summary: the rest is warm-up and cool-down.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -107,6 +122,7 @@ class RunInfo(msgspec.Struct, kw_only=True):
     config: dict[str, Any] = msgspec.field(default_factory=dict)
     profile: dict[str, Any] = msgspec.field(default_factory=dict)
     slo: Slo = Slo()
+    slo_by_class: dict[str, Slo] = msgspec.field(default_factory=dict)
     seed: int = 0
     versions: dict[str, Any] = msgspec.field(default_factory=dict)
     machine: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -115,6 +131,7 @@ class RunInfo(msgspec.Struct, kw_only=True):
     warnings: list[str] = msgspec.field(default_factory=list)
     client: dict[str, Any] = msgspec.field(default_factory=dict)
     started_at: str = ""
+    measured_s: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +152,11 @@ def write_run(
     requests: pl.DataFrame,
     spans: pl.DataFrame | None = None,
     samples: pl.DataFrame | None = None,
+    server_metrics: pl.DataFrame | None = None,
 ) -> Run:
     """Write the five files of a run directory, whatever there is to write, and return the run.
+
+    With `server_metrics` (columns SERVER_METRICS) there is a sixth, server_metrics.parquet.
 
     The frames are cast to REQUESTS, SPANS and SAMPLES: a missing column becomes null unless it may
     not be, an unknown one is an error. Every file is complete before any takes its final name.
@@ -153,6 +173,10 @@ def write_run(
     writers: dict[str, Callable[[IO[bytes]], Any]] = {
         f"{name}.parquet": frame.write_parquet for name, frame in frames.items()
     }
+    if server_metrics is not None:
+        writers["server_metrics.parquet"] = server_metrics.cast(
+            pl.Schema(SERVER_METRICS)
+        ).write_parquet
     writers["summary.json"] = lambda file: file.write(_json(summary))
     writers["run.json"] = lambda file: file.write(_json(info))
     try:
@@ -284,12 +308,13 @@ def _read_frame(path: Path, table: str) -> pl.DataFrame:
         raise RecordsError(
             f"{path}: truncated or not Parquet ({_first_line(error)}); run again to write it anew"
         ) from error
-    missing = [name for name in _SCHEMAS[table] if name not in frame.columns]
+    known = [name for name in _SCHEMAS[table] if name in frame.columns]
+    missing = [name for name in _SCHEMAS[table] if name not in (*known, *_SINCE_FIRST)]
     if missing:
         raise RecordsError(f"{path}: column {missing[0]!r} is missing; run again to write it anew")
     try:
         # Columns of a later minor version are left aside.
-        return conform(frame.select(list(_SCHEMAS[table])), table)
+        return conform(frame.select(known), table)
     except RecordsError as error:
         raise RecordsError(f"{path}: {error}") from error
 

@@ -16,7 +16,7 @@ from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
 from reference_cluster.request import Request, Timeline
 from reference_cluster.samples import SAMPLE_COLUMNS
-from reference_cluster.simulate import collector_paused, simulate
+from reference_cluster.simulate import Watch, collector_paused, simulate
 from reference_cluster.spans import span_columns
 from workloads.trace import Trace
 
@@ -54,11 +54,12 @@ def simulated_run(
     profile: Profile,
     speed: float = 1.0,
     name: str | None = None,
+    watch: Watch | None = None,
 ) -> tuple[RunInfo, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
     """The run's description, requests, spans and samples, as `records.write_run` takes them."""
     requests = as_requests(trace, speed)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    simulated = simulate(config, profile, requests)
+    simulated = simulate(config, profile, requests, watch=watch)
     info = RunInfo(
         name=name or config.description,
         source="simulated",

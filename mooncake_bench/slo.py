@@ -41,14 +41,31 @@ def parse_slo(text: str) -> Slo:
     Bounds may be written `<` or `<=` (both are inclusive), with unit s, ms or us; a bare number is
     in seconds. Raises SloError.
     """
-    bounds: dict[str, float] = {}
-    for term in text.split(","):
-        what, value = _parse_term(term.strip().lower(), text)
-        if what in bounds:
-            raise SloError(f"SLO {text!r} bounds {what} twice; keep one of them")
-        bounds[what] = value
-    default = Slo()
-    return Slo(bounds.get("ttft", default.ttft_s), bounds.get("tbt", default.tbt_s))
+    return _with_defaults(_parse_bounds(text, text), Slo())
+
+
+def parse_slos(text: str) -> tuple[Slo, dict[str, Slo]]:
+    """Read `"chat:ttft<2s,tbt<50ms;batch:ttft<60s"`: the bounds of all, and those of classes.
+
+    The part without a class (`"ttft<30s,tbt<100ms;batch:ttft<60s"`) holds for requests of no class
+    or of one that is not named; a class's bound left out is taken from it. Raises SloError.
+    """
+    general: dict[str, float] | None = None
+    classes: dict[str, dict[str, float]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, colon, bounds = (piece.strip() for piece in part.rpartition(":"))
+        if colon and not name:
+            raise SloError(f'SLO {text!r}: no class before ":"; write it like "chat:ttft<2s"')
+        if (name in classes) if colon else (general is not None):
+            raise SloError(f"SLO {text!r} gives {name or 'the general bounds'} twice; keep one")
+        if colon:
+            classes[name] = _parse_bounds(bounds, text)
+        else:
+            general = _parse_bounds(bounds, text)
+    if general is None and not classes:
+        _parse_bounds("", text)
+    slo = _with_defaults(general or {}, Slo())
+    return slo, {name: _with_defaults(bounds, slo) for name, bounds in classes.items()}
 
 
 def format_seconds(value_s: float) -> str:
@@ -74,6 +91,20 @@ def percent(share: float | None) -> str:
     rest = min(abs(share), abs(1 - share))
     digits = 0 if rest < 5e-5 or rest >= 0.0195 else 1 if rest >= 0.00195 else 2
     return f"{share * 100:.{digits}f} %"
+
+
+def _parse_bounds(text: str, whole: str) -> dict[str, float]:
+    bounds: dict[str, float] = {}
+    for term in text.split(","):
+        what, value = _parse_term(term.strip().lower(), whole)
+        if what in bounds:
+            raise SloError(f"SLO {whole!r} bounds {what} twice; keep one of them")
+        bounds[what] = value
+    return bounds
+
+
+def _with_defaults(bounds: dict[str, float], default: Slo) -> Slo:
+    return Slo(bounds.get("ttft", default.ttft_s), bounds.get("tbt", default.tbt_s))
 
 
 def _three_digits(value: float) -> str:

@@ -69,7 +69,7 @@ MAY_START_A_CLUSTER = (
     "mooncake_bench/simulation.py",
     "mooncake_bench/reproduce",
 )
-MAY_DRAW = ("mooncake_bench/report.py", "mooncake_bench/cli.py")
+MAY_DRAW = tuple(f"mooncake_bench/{name}.py" for name in ("report", "cli", "reproduce/page"))
 SEEN_BY_DASHBOARDS = tuple(f"mooncake_bench.{name}" for name in ("metrics", "records", "slo"))
 
 
@@ -114,9 +114,9 @@ def homes(source: Source) -> Iterator[Breach]:
 
 # Inside reference_cluster, lowest first: a module imports its own layer and those before it.
 CLUSTER_LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "request", "blocks", "config", "cost_model", "spans", "virtual_time"),
+    ("errors", "request", "blocks", "config", "cost_model", "spans", "virtual_time", "presets"),
     ("policies",),
-    ("engines", "transports", "kvpool", "messenger", "conductor", "samples"),
+    ("engines", "transports", "kvpool", "messenger", "conductor", "samples", "reports"),
     ("prefill", "decode", "colocated"),
     ("cluster",),
     ("simulate", "api", "openai_protocol", "live_metrics"),
