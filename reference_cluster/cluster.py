@@ -26,6 +26,7 @@ from reference_cluster.policies.admission import Rejected, make_admission
 from reference_cluster.policies.scheduling import Placement, make_scheduling
 from reference_cluster.policies.view import Holder
 from reference_cluster.prefill import PrefillInstance, Queued
+from reference_cluster.replicator import Replicator
 from reference_cluster.reports import Decoding, LoadReports, Queueing
 from reference_cluster.request import OnEnd, Request
 from reference_cluster.samples import Samples
@@ -46,6 +47,7 @@ class Cluster:
         self.samples = Samples(config.sample_every_s)
         self.counts: Counter[str] = Counter()
         self.in_flight: dict[int, Request] = {}
+        self.replicator: Replicator | None = None
         self.prefill: list[PrefillInstance] = []
         self.decode: list[DecodeInstance] = []
         self.colocated: list[ColocatedInstance] = []
@@ -89,6 +91,15 @@ class Cluster:
                 self.prefilled,
             )
             self.prefill.append(instance)
+        if config.prefill.replicate_keys:
+            self.replicator = Replicator(
+                self.prefill,
+                index,
+                self.messenger,
+                config.prefill.replicate_keys,
+                config.prefill.replicate_every_s,
+                config.block_tokens,
+            )
         tbt_slo_s = config.slo.tbt_s if admission.is_rechecking else None
         for id in range(config.decode_instances):
             batch_max = config.decode.batch_max
@@ -173,6 +184,8 @@ class Cluster:
             )
             if self.conductor.reports is not None:
                 group.create_task(self.conductor.reports.run(), name="load reports")
+            if self.replicator is not None:
+                group.create_task(self.replicator.run(), name="replicator")
             if started is not None:
                 started()
 
@@ -181,6 +194,8 @@ class Cluster:
     def submit(self, request: Request) -> Rejected | None:
         """Let a request in now, or not; how it ends is told to its sink and to `on_end`."""
         now_s = self.loop.time()
+        if self.replicator is not None:
+            self.replicator.asked_for(request)
         decision = self.conductor.decide(request, self.in_flight.values(), now_s)
         self.in_flight[request.id] = request
         if isinstance(decision, Rejected):
@@ -300,7 +315,8 @@ class Cluster:
         for instance in self.instances:
             instance.check_integrity()
         # The bytes of a request that has failed may still be on their way.
-        if not (self.in_flight or self.colocated or self.counts["failed"]):
+        replicating = self.replicator is not None and self.replicator.under_way
+        if not (self.in_flight or self.colocated or self.counts["failed"] or replicating):
             busy = [link for link in self.transport.sending if link.flows]
             assert not busy, f"{len(busy)} links carry bytes of nobody"
 

@@ -48,6 +48,8 @@ class PrefillConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dram_tokens: int | None = None  # KV pool a node; None: the profile's.
     eviction: Eviction = "lru"  # Which idle block of the pool goes when room is needed.
     ssd_tokens: int = 0  # KV on SSD a node, of blocks that DRAM lets go.
+    replicate_keys: int = 0  # So many of the most used blocks are kept on every instance.
+    replicate_every_s: float = 30.0  # How often that is looked after.
 
 
 class DecodeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -108,6 +110,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "slo.tbt_s": self.slo.tbt_s,
             "conductor.decode_s": self.conductor.decode_s,
             "prefill.dram_tokens": self.prefill.dram_tokens,
+            "prefill.replicate_every_s": self.prefill.replicate_every_s,
             "decode.device_tokens": self.decode.device_tokens,
             "colocated.device_tokens": self.colocated.device_tokens,
             "network.link_bytes_per_s": self.network.link_bytes_per_s,

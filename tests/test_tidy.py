@@ -117,7 +117,7 @@ CLUSTER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "request", "blocks", "config", "cost_model", "spans", "virtual_time", "presets"),
     ("policies",),
     ("engines", "transports", "kvpool", "messenger", "conductor", "samples", "reports"),
-    ("prefill", "decode", "colocated"),
+    ("prefill", "decode", "colocated", "replicator"),
     ("cluster",),
     ("simulate", "api", "openai_protocol", "live_metrics"),
     ("serve",),

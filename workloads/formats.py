@@ -1,9 +1,10 @@
-"""What does a trace file say? Mooncake JSONL and Azure CSV, read and checked; JSONL written."""
+"""What does a trace file say? Mooncake and Bailian JSONL and Azure CSV, checked; JSONL written."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from workloads import burstgpt, texts
 from workloads.errors import TraceError
 from workloads.model import (
     Floats,
@@ -24,7 +26,11 @@ from workloads.model import (
 )
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-FORMATS = "Mooncake JSONL ({...} a line) or Azure CSV (" + ",".join(AZURE_COLUMNS) + ")"
+FORMATS = (
+    "Mooncake JSONL ({...} a line), Azure CSV (" + ",".join(AZURE_COLUMNS) + "), BurstGPT CSV, "
+    "Qwen-Bailian JSONL, ShareGPT JSON, JSONL prompts, or a directory of ServeGen clients"
+)
+BAILIAN_BLOCK_TOKENS = 16
 ALIASES = {
     "timestamp": "created_time",
     "input_length": "input_tokens",
@@ -45,6 +51,13 @@ class _Row(msgspec.Struct, gc=False):
     input_tokens: int | None = None
     output_length: int | None = None
     output_tokens: int | None = None
+    session_id: str | int | None = None
+    delay: float | None = None
+    class_: str | None = msgspec.field(default=None, name="class")
+    # Qwen-Bailian's:
+    chat_id: int | None = None
+    parent_chat_id: int = -1
+    type: str | None = None
 
 
 class _IntRow(_Row, gc=False):
@@ -74,7 +87,16 @@ def read_trace(
     data = _content(path)
     start = data[:4096].removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"{"):
+        first_line = start.split(b"\n", 1)[0]
+        if any(name in first_line for name in texts.PROMPT_KEYS):
+            return texts.read_prompts(data, path, block_tokens, timestamp_unit)
+        if b'"chat_id"' in first_line:
+            return read_bailian(data, path)
         return read_mooncake(data, path, block_tokens, timestamp_unit)
+    if start.startswith(b"["):
+        return texts.read_conversations(data, path, block_tokens)
+    if start.startswith(burstgpt.FIRST_COLUMN):
+        return burstgpt.read_burstgpt(data, path, block_tokens)
     if start.startswith(AZURE_COLUMNS[0].encode()):
         return read_azure(data, path, block_tokens)
     raise TraceError(f"{path}: format not recognised; give {FORMATS}")
@@ -106,6 +128,8 @@ def read_mooncake(
     rows = _decode(lines)
     if not rows:
         raise TraceError(f"{path}: the file is empty; give {FORMATS}")
+    if any(row.session_id is not None for row in rows):
+        rows = _in_order(_with_times(rows, lines), lines)
     columns = {field: _column(rows, field, lines) for field in ALIASES}
     lists = [row.hash_ids for row in rows]
     if None in lists:
@@ -120,8 +144,77 @@ def read_mooncake(
         columns["output_length"].astype(np.int64),
         _ids(lists, lines),
         blocks,
+        _turns(rows, 1.0 if timestamp_unit == "s" else 1e3),
     )
     return Trace(frame, path.stem, hashlib.sha256(data).hexdigest(), block_tokens, False, notes)
+
+
+def _with_times(rows: list[Any], lines: _Lines) -> list[Any]:
+    """Rows of sessions: a later turn may have a delay (ms) in place of a timestamp.
+
+    Such a turn cannot go out before the one before it, so it gets that one's time.
+    """
+    latest: dict[str | int, float] = {}
+    for number, row in enumerate(rows):
+        stamp = row.timestamp if row.timestamp is not None else row.created_time
+        if row.delay is not None and not (0.0 <= row.delay < np.inf):
+            lines.fail(number, f"delay is {_number(row.delay)}; give milliseconds, 0 or more")
+        if row.session_id is None:
+            continue
+        if stamp is None:
+            if row.session_id not in latest or row.delay is None:
+                what = "its session has no turn before it" if row.delay is not None else "no delay"
+                lines.fail(
+                    number,
+                    f"timestamp is missing, and {what}; give a timestamp, or delay on later turns",
+                )
+            row.timestamp = stamp = latest[row.session_id]
+        latest[row.session_id] = stamp
+    return rows
+
+
+def _in_order(rows: list[Any], lines: _Lines) -> list[Any]:
+    """Sessions are often written one after another: sort by time, turns in their order."""
+    if any(row.timestamp is None and row.created_time is None for row in rows):
+        return rows  # To be named by who looks at the columns.
+    stamps = [row.created_time if row.timestamp is None else row.timestamp for row in rows]
+    lines.order = sorted(range(len(rows)), key=lambda number: stamps[number])
+    return [rows[number] for number in lines.order]
+
+
+def _turns(rows: list[Any], per_second: float) -> dict[str, list[Any]]:
+    """The optional columns: sessions as text, delays in seconds, classes."""
+    names = [None if row.session_id is None else str(row.session_id) for row in rows]
+    delays = [None if row.delay is None else row.delay / per_second for row in rows]
+    return {"session": names, "delay_s": delays, "class": [row.class_ for row in rows]}
+
+
+def read_bailian(data: bytes, path: Path) -> Trace:
+    """A trace from Qwen-Bailian JSONL: blocks of 16 tokens, seconds, turns linked by chat ids.
+
+    Every row is a whole prompt at its own time; `type` becomes its class. Rows whose ids cover
+    only whole blocks get one of their own for the rest.
+    """
+    lines = _Lines(data.removeprefix(b"\xef\xbb\xbf"), path)
+    rows = _decode(lines)
+    roots: dict[int, str] = {}
+    fresh = 1 + max((one for row in rows for one in row.hash_ids or [0]), default=0)
+    padded = 0
+    for number, row in enumerate(rows):
+        if row.chat_id is None:
+            lines.fail(number, "chat_id is missing; give the request's number")
+        row.session_id = roots.get(row.parent_chat_id, str(row.chat_id))
+        roots[row.chat_id], row.class_ = row.session_id, row.type
+        whole, rest = divmod(row.input_length or 0, BAILIAN_BLOCK_TOKENS)
+        if row.hash_ids is not None and rest and len(row.hash_ids) == whole:
+            row.hash_ids.append(fresh + padded)
+            padded += 1
+    rewritten = b"\n".join(msgspec.json.encode(row) for row in rows)
+    trace = read_mooncake(rewritten, path, BAILIAN_BLOCK_TOKENS, "s")
+    notes = (f"{padded} partial last blocks made unique",) if padded else ()
+    return replace(
+        trace, sha256=hashlib.sha256(data).hexdigest(), transforms=trace.transforms + notes
+    )
 
 
 class _Lines:
@@ -130,10 +223,13 @@ class _Lines:
     def __init__(self, data: bytes, path: Path) -> None:
         self.data = data
         self.path = path
+        self.order: list[int] | None = None
+        """Which row of the file stands where, if they were sorted."""
 
     def fail(self, row: int, message: str) -> None:
         """Raise TraceError for the row (0-based, blank lines not counted)."""
         filled = [n for n, line in enumerate(self.data.split(b"\n"), 1) if line.strip()]
+        row = self.order[row] if self.order is not None else row
         raise TraceError(f"{self.path}:{filled[row]}: {message}")
 
 
@@ -303,15 +399,31 @@ def write_mooncake(trace: Trace, path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            for _, arrival_s, tokens_in, tokens_out, ids in trace.frame.iter_rows():
+            for _, arrival_s, tokens_in, tokens_out, ids, *extra in trace.frame.iter_rows():
                 row = {"timestamp": _milliseconds(arrival_s), "input_length": tokens_in}
                 row |= {"output_length": tokens_out, "hash_ids": ids}
+                row |= _written(dict(zip(trace.frame.columns[5:], extra, strict=True)))
                 file.write(encode(row) + b"\n")
         partial.replace(path)
     except OSError as error:
         if partial.exists():
             partial.unlink()
         raise TraceError(f"{path}: cannot be written ({error.strerror}); check the path") from None
+
+
+def _written(extra: dict[str, Any]) -> dict[str, Any]:
+    """A row's optional columns under the names that are read."""
+    row: dict[str, Any] = {}
+    if extra.get("session") is not None:
+        row["session_id"] = extra["session"]
+    if extra.get("delay_s") is not None:
+        row["delay"] = _milliseconds(extra["delay_s"])
+    if extra.get("class") is not None:
+        row["class"] = extra["class"]
+    if extra.get("prompt") is not None:
+        prompt = msgspec.json.decode(extra["prompt"])
+        row["prompt" if isinstance(prompt, str) else "messages"] = prompt
+    return row
 
 
 def _milliseconds(arrival_s: float) -> int | float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,13 @@ import polars as pl
 from workloads.errors import TraceError
 
 COLUMNS = ("request", "arrival_s", "input_tokens", "output_tokens", "hash_ids")
+OPTIONAL: dict[str, pl.DataType] = {
+    "session": pl.String(),  # requests of one are turns of one conversation; null: alone
+    "delay_s": pl.Float64(),  # from the previous turn's end; null: at its own arrival time
+    "class": pl.String(),  # by which SLOs can differ
+    "prompt": pl.String(),  # as JSON, text or messages; null: made from the block ids
+}
+"""Columns that only some traces have, after COLUMNS and in this order."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -26,6 +33,7 @@ class Trace:
     `frame` has the columns request Int64 (0.. row number), arrival_s Float64 (>= 0,
     non-decreasing), input_tokens Int64 (>= 1), output_tokens Int64 (>= 1) and hash_ids
     List(Int64 | UInt64 | String), one id a block: `ceil(input_tokens / block_tokens)` of them.
+    Columns of OPTIONAL may follow.
     `sha256` is that of the source file's bytes, or of a generator's name, parameters and seed.
     """
 
@@ -60,7 +68,8 @@ class Trace:
 def with_row_numbers(frame: pl.DataFrame) -> pl.DataFrame:
     """The frame with `request` as its row numbers, columns in their order."""
     numbers = pl.int_range(pl.len(), dtype=pl.Int64).alias("request")
-    return frame.with_columns(numbers).select(COLUMNS)
+    extra = [name for name in OPTIONAL if name in frame.columns]
+    return frame.with_columns(numbers).select(*COLUMNS, *extra)
 
 
 def build_frame(
@@ -69,8 +78,12 @@ def build_frame(
     output_tokens: Sequence[int] | Ints,
     ids: pl.Series,
     blocks: Ints,
+    extra: Mapping[str, Sequence[Any] | pl.Series] | None = None,
 ) -> pl.DataFrame:
-    """The frame of a trace from its columns; `ids` is flat, `blocks` its share per request."""
+    """The frame of a trace from its columns; `ids` is flat, `blocks` its share per request.
+
+    `extra` has columns of OPTIONAL; those with nothing but nulls are left out.
+    """
     frame = pl.DataFrame(
         {
             "arrival_s": pl.Series(arrival_s, dtype=pl.Float64),
@@ -79,6 +92,10 @@ def build_frame(
             "hash_ids": nested(ids, blocks),
         }
     )
+    for name, values in (extra or {}).items():
+        column = pl.Series(name, values, dtype=OPTIONAL[name])
+        if column.null_count() < len(column):
+            frame = frame.with_columns(column)
     return with_row_numbers(frame)
 
 

@@ -54,11 +54,12 @@ def _tokens(
             f" {block_tokens}; give one id per block"
         )
     identity = _identities(trace_key, hash_ids)
-    positions = np.arange(1, block_tokens + 1, dtype=np.uint64) * _GOLDEN
+    width = min(block_tokens, input_tokens)  # A short prompt needs no more of its only block.
+    positions = np.arange(1, width + 1, dtype=np.uint64) * _GOLDEN
     # Unsigned 64-bit arithmetic wraps around: that is the hash (splitmix64).
     mixed = _mix(_mix(identity)[:, None] + positions[None, :])
     tokens = (mixed >> np.uint64(32)) * np.uint64(VOCABULARY) >> np.uint64(32)
-    for place in range(min(SPELLED, block_tokens)):
+    for place in range(min(SPELLED, width)):
         tokens[:, place] = identity // np.uint64(VOCABULARY**place) % np.uint64(VOCABULARY)
     flat = tokens.reshape(-1)[:input_tokens].astype(np.int64)
     return flat + FIRST_TOKEN

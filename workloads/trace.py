@@ -9,6 +9,7 @@ from workloads.catalogue import read_catalogue
 from workloads.errors import TraceError
 from workloads.formats import read_trace, write_mooncake
 from workloads.model import Trace
+from workloads.servegen import read_clients
 from workloads.statistics import describe
 from workloads.synthesize import GENERATORS, generate
 
@@ -29,12 +30,19 @@ def open_trace(
 ) -> Trace:
     """The trace that `spec` names: a path, or `generator[:parameter=value,...]`.
 
+    A directory of ServeGen clients takes parameters as a generator does (servegen.py).
+
     `seed` is a generator's; `timestamp_unit` ("ms" or "s") a JSONL file's, see `read_trace`.
     Raises TraceError, one line, for a name that is neither or a file that is no trace.
     """
     name, _, text = spec.partition(":")
     if name in GENERATORS:
         return generate(name, seed=seed, block_tokens=block_tokens, **_parameters(name, text))
+    # A path may hold a colon; parameters follow the last one.
+    directory, _, text = spec.rpartition(":") if not os.path.exists(spec) else (spec, "", "")
+    if os.path.isdir(directory):
+        parameters = _parameters(directory, text)
+        return read_clients(directory, seed=seed, block_tokens=block_tokens, **parameters)
     if not os.path.exists(spec):
         raise TraceError(f"{spec}: no such file, and no generator of that name; {_hint(spec)}")
     return read_trace(spec, block_tokens=block_tokens, timestamp_unit=timestamp_unit)

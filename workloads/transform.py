@@ -159,7 +159,12 @@ def sessions(trace: Trace) -> Ints:
     population. A system prompt ends at a block that is followed by very many different blocks
     (POPULATION_SHARE of all requests); it and what precedes it glue nothing together. So a
     session is named by its first block after that; a request with no such block is alone.
+    Where the trace names its sessions, those are meant.
     """
+    if "session" in trace.frame.columns:
+        numbered = pl.concat_str(pl.lit("\0"), pl.col("request"))
+        names = trace.frame.select(pl.coalesce("session", numbered)).to_series()
+        return first_use_codes(names.to_numpy())
     codes, starts = flat_codes(trace)
     common = _common_blocks(codes, starts)
     # Position of the first block of each row that is not common; the row's end if there is none.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import math
 import os
 import sys
 import time
@@ -34,6 +35,7 @@ class Alarm:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._is_woken = False
         self._descriptor = -1
         if sys.platform == "linux":
             self._libc = ctypes.CDLL(None, use_errno=True)
@@ -48,21 +50,37 @@ class Alarm:
             self._descriptor = -1
 
     async def until(self, due: float) -> None:
-        """Sleep until `time.perf_counter()` is `due`; at once if that has passed."""
-        while (left_s := due - time.perf_counter()) > 0.0:
-            if self._descriptor < 0:
-                await asyncio.sleep(left_s)
-                continue
-            spec = _TimerSpec(0, 0, int(due), int(due % 1.0 * 1e9))
-            if self._libc.timerfd_settime(self._descriptor, _ABSOLUTE, ctypes.byref(spec), None):
-                raise OSError(ctypes.get_errno(), "timerfd_settime failed")
+        """Sleep until `time.perf_counter()` is `due`, or until somebody calls `wake`.
+
+        Returns at once if that has passed; `due` may be infinite.
+        """
+        while not self._is_woken and (left_s := due - time.perf_counter()) > 0.0:
             self._waiter = self._loop.create_future()
+            if due < math.inf:
+                self._set(due, left_s)
             await self._waiter
+        self._is_woken = False
+
+    def wake(self) -> None:
+        """End the sleep under way, or keep the next one from beginning."""
+        self._is_woken = True
+        self._end_sleep(self._waiter)
+
+    def _set(self, due: float, left_s: float) -> None:
+        if self._descriptor < 0:
+            self._loop.call_later(left_s, self._end_sleep, self._waiter)
+            return
+        spec = _TimerSpec(0, 0, int(due), int(due % 1.0 * 1e9))
+        if self._libc.timerfd_settime(self._descriptor, _ABSOLUTE, ctypes.byref(spec), None):
+            raise OSError(ctypes.get_errno(), "timerfd_settime failed")
 
     def _ring(self) -> None:
         try:
             os.read(self._descriptor, 8)
         except BlockingIOError:  # Set anew between the wake-up and the read.
             return
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._end_sleep(self._waiter)
+
+    def _end_sleep(self, waiter: asyncio.Future[None] | None) -> None:
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

@@ -9,17 +9,18 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from mooncake_bench.records import REQUESTS, SPANS
+from mooncake_bench.records import REQUESTS, SPANS, conform
 from mooncake_bench.replay.client import ClientStats
 from mooncake_bench.replay.options import ReplayOptions
 from mooncake_bench.replay.recorder import FAILED, ROW, STATUSES, Batch
 from mooncake_bench.replay.schedule import Ints, Plan
 
 WORKER_LOST = "worker lost"
-_INTEGERS = ("http_status", "reused_tokens", "fetched_tokens")
+_INTEGERS = ("http_status", "reused_tokens", "fetched_tokens", "attempts")
 _UNCHANGED = (
     *("sent_s", "placed_s", "fetched_s", "prefill_start_s", "prefill_end_s", "transferred_s"),
     *("first_token_s", "decode_start_s", "prefill_busy_s", "predicted_ttft_s", "predicted_tbt_s"),
+    "retry_after_s",
     *_INTEGERS,
 )
 
@@ -44,7 +45,8 @@ def build_frames(
     measured = _requests(plan, table, texts)
     if lost is not None:
         measured = pl.concat([measured, _lost(plan, measured, lost)], how="diagonal")
-    return measured.select(list(REQUESTS)).sort("request"), _spans(table, batches)
+    measured = measured.select(name for name in REQUESTS if name in measured.columns)
+    return conform(measured, "requests").sort("request"), _spans(table, batches)
 
 
 def _requests(plan: Plan, table: npt.NDArray[Any], texts: pl.DataFrame) -> pl.DataFrame:
@@ -62,6 +64,8 @@ def _requests(plan: Plan, table: npt.NDArray[Any], texts: pl.DataFrame) -> pl.Da
         "output_tokens_asked": plan.output_tokens[where],
         "status": np.array(STATUSES)[table["status"].astype(np.int64)],
     }
+    if plan.classes is not None:
+        columns["class"] = plan.classes.gather(where)
     frame = pl.DataFrame(columns).with_columns(texts)
     frame = frame.with_columns(pl.col(pl.Float64).fill_nan(None))
     return frame.cast({name: REQUESTS[name] for name in frame.columns})
@@ -69,8 +73,10 @@ def _requests(plan: Plan, table: npt.NDArray[Any], texts: pl.DataFrame) -> pl.Da
 
 def _lost(plan: Plan, measured: pl.DataFrame, lost: Ints) -> pl.DataFrame:
     rows = lost[~np.isin(plan.request[lost], measured["request"].to_numpy())]
+    classes = {"class": plan.classes.gather(rows)} if plan.classes is not None else {}
     return pl.DataFrame(
-        {
+        classes
+        | {
             "request": plan.request[rows],
             "arrival_s": plan.due_s[rows],
             "finished_s": plan.due_s[rows],
@@ -110,10 +116,12 @@ def judge(
     plan: Plan,
     requests: pl.DataFrame,
     engines: Sequence[ClientStats],
+    stopped: str = "",
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """What the client says of itself, why the run is invalid, and what to know otherwise.
 
-    Returns (client, invalid_reasons, warnings); each reason is a sentence with its remedy.
+    Returns (client, invalid_reasons, warnings); each reason is a sentence with its remedy. Where a
+    monitor `stopped` the run, that comes first.
     """
     lag_s = (requests["sent_s"] - requests["arrival_s"]).drop_nulls()
     client: dict[str, Any] = {
@@ -129,18 +137,41 @@ def judge(
             "p99": max((one.loop_lag_p99_s for one in engines), default=0.0),
             "max": max((one.loop_lag_max_s for one in engines), default=0.0),
         },
+        "loop_lag_bound_s": options.max_stall,
+        "connections_failed": _connect_failures(requests),
         "engines": len(engines),
         "connections": sum(one.connections for one in engines),
         "planned": len(plan),
         "not_sent": len(plan) - requests.height,
     }
-    return client, _invalid(client, requests, engines), _warnings(plan, requests, engines)
+    invalid = _invalid(client, requests, engines, stopped)
+    return client, invalid, _warnings(plan, requests, engines)
+
+
+CONNECT_FAILURES = ("connection refused", "connect timeout", "connect failed")
+
+
+def _connect_failures(requests: pl.DataFrame) -> dict[str, int]:
+    """Requests for which no connection could be opened, by reason."""
+    reason = pl.col("reason")
+    failed = requests.filter(
+        pl.any_horizontal(reason.str.starts_with(start) for start in CONNECT_FAILURES)
+    )
+    counts = failed.group_by("reason").len().sort("reason")
+    return {text: int(count) for text, count in counts.iter_rows()}
 
 
 def _invalid(
-    client: dict[str, Any], requests: pl.DataFrame, engines: Sequence[ClientStats]
+    client: dict[str, Any],
+    requests: pl.DataFrame,
+    engines: Sequence[ClientStats],
+    stopped: str,
 ) -> list[str]:
     reasons = []
+    if stopped:
+        reasons.append(
+            f"The run was stopped early: {stopped}. Its numbers are of its first part only."
+        )
     lag_s: float = client["lag_s"]["p99"] or 0.0
     if lag_s > client["lag_bound_s"]:
         reasons.append(
@@ -152,7 +183,22 @@ def _invalid(
             f"The client used {client['cpu']:.0%} of a core, more than {client['cpu_bound']:.0%}: "
             "its own waiting may be in the times; use more Locust workers or a lower --speed."
         )
-    if any(one.interrupted_at_s is not None for one in engines):
+    stall_s: float = client["loop_lag_s"]["p99"]
+    if stall_s > client["loop_lag_bound_s"]:
+        reasons.append(
+            f"The client stood still: its event loop was late by {stall_s * 1e3:.0f} ms at p99, "
+            f"more than {client['loop_lag_bound_s'] * 1e3:.0f} ms; give it a core of its own, or "
+            "use more Locust workers."
+        )
+    # Refused or unanswered is the server's doing; no file or port left is ours.
+    own = {why: n for why, n in client["connections_failed"].items() if why.startswith("connect f")}
+    if own:
+        why = max(own, key=lambda reason: own[reason])
+        reasons.append(
+            f"The client could not open connections for {sum(own.values())} requests ({why}); "
+            "raise its limits (ulimit -n, free ports) or use more Locust workers."
+        )
+    if not stopped and any(one.interrupted_at_s is not None for one in engines):
         reasons.append(
             f"The run was interrupted with {client['not_sent']} of {client['planned']} requests "
             "not sent; let it end, or choose a shorter --window."
@@ -182,7 +228,9 @@ def _warnings(plan: Plan, requests: pl.DataFrame, engines: Sequence[ClientStats]
         )
     finished = requests.filter(pl.col("status") == "finished")
     prompt_tokens, asked_tokens = int(finished["input_tokens"].sum()), _asked_tokens(plan, finished)
-    if abs(prompt_tokens - asked_tokens) > 0.01 * asked_tokens:
+    # Lengths of literal prompts are estimates: there the server's count is the only one.
+    is_estimate = plan.prompts is not None
+    if not is_estimate and abs(prompt_tokens - asked_tokens) > 0.01 * asked_tokens:
         warnings.append(
             f"The server counted {prompt_tokens} prompt tokens where the trace has {asked_tokens}; "
             "input and reused tokens are given by its count."

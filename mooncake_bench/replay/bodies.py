@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from mooncake_bench.replay.schedule import Plan
+from mooncake_bench.replay.tokenized import TokenizedWords
 from workloads.prompts import FIRST_TOKEN, VOCABULARY, prompt_text, prompt_token_ids
 
 AHEAD_BYTES = 64 << 20
@@ -37,6 +38,14 @@ class RequestShape:
     wants_timeline: bool
     authorization: dict[str, str] = field(default_factory=dict)
     """The header with the endpoint's token, or nothing."""
+    salt: str = ""
+    """Put before literal prompts; those made of block ids have it in `trace_key`."""
+    cache_salt: str = ""
+    """Sent under this name (vLLM keeps caches of different salts apart); "" for none."""
+    slo_headers: dict[str | None, str] = field(default_factory=dict)
+    """Header lines with the bounds of each class; None is the key of all others."""
+    words: TokenizedWords | None = None
+    """Words by the target's tokenizer, for text prompts of exact length."""
 
 
 class RequestBuilder:
@@ -49,12 +58,26 @@ class RequestBuilder:
     def build(self, row: int) -> bytes:
         """The HTTP request of the row at this position of the plan."""
         shape = self._shape
+        literal = self._plan.prompts[row] if self._plan.prompts is not None else None
+        if literal is not None:
+            return self._with_head(row, self._literal(literal), self._settings(row))
         prompt = self._token_prompt(row) if shape.sends_tokens else self._text_prompt(row)
         key = b'"messages":[{"role":"user","content":' if shape.is_chat else b'"prompt":'
-        closing = b"}]," if shape.is_chat else b","
+        closing = b"}]" if shape.is_chat else b""
+        return self._with_head(row, b"".join([key, prompt, closing]), self._settings(row))
+
+    def _with_head(self, row: int, prompt: bytes, settings: bytes) -> bytes:
         # The settings follow the prompt: the opening brace of their own object is dropped.
-        body = b"".join([b"{", key, prompt, closing, self._settings(row)[1:]])
+        body = b"".join([b"{", prompt, b",", settings[1:]])
         return self._head(row, len(body)) + body
+
+    def _literal(self, literal: str) -> bytes:
+        """The member `prompt` or `messages` of a prompt that the trace gives as JSON."""
+        value = salted(msgspec.json.decode(literal), self._shape.salt)
+        if self._shape.is_chat:
+            chat = [{"role": "user", "content": value}] if isinstance(value, str) else value
+            return b'"messages":' + msgspec.json.encode(chat)
+        return b'"prompt":' + msgspec.json.encode(value)
 
     def _settings(self, row: int) -> bytes:
         stream: dict[str, bool] = {"include_usage": True}
@@ -68,10 +91,15 @@ class RequestBuilder:
             "stream": True,
             "stream_options": stream,
         }
+        if self._shape.cache_salt:
+            settings["cache_salt"] = self._shape.cache_salt
         return msgspec.json.encode(settings)
 
     def _head(self, row: int, length: int) -> bytes:
         extra = "".join(f"{key}: {value}\r\n" for key, value in self._shape.authorization.items())
+        if bounds := self._shape.slo_headers:
+            name = self._plan.classes[row] if self._plan.classes is not None else None
+            extra += bounds.get(name, bounds[None])
         return (
             f"POST {self._shape.path} HTTP/1.1\r\nHost: {self._shape.host}\r\n"
             f"Content-Type: application/json\r\nAccept: text/event-stream\r\n{extra}"
@@ -86,6 +114,9 @@ class RequestBuilder:
         return b"[" + b",".join(pieces) + b"]"
 
     def _text_prompt(self, row: int) -> bytes:
+        if (words := self._shape.words) is not None:
+            tokens = [one for part in self._slices(row, prompt_token_ids) for one in part]
+            return msgspec.json.encode(words.text(tokens))
         # The words are letters: nothing in them needs escaping.
         return b'"' + " ".join(self._slices(row, prompt_text)).encode() + b'"'
 
@@ -103,18 +134,33 @@ class RequestBuilder:
         return slices
 
 
+def salted(prompt: Any, salt: str) -> Any:
+    """A literal prompt (text, or messages) with the salt as its first line."""
+    if not salt:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{salt}\n{prompt}"
+    first, *others = prompt
+    return [{**first, "content": f"{salt}\n{first.get('content') or ''}"}, *others]
+
+
 class BuildAhead:
-    """Builds the requests of a plan in order, at most `ahead_bytes` ahead of those taken."""
+    """Builds the requests of a plan in order, at most `ahead_bytes` ahead of those taken.
+
+    One that is asked for out of order, as the next turn of a session, is built at once.
+    """
 
     def __init__(self, build: Callable[[int], bytes], rows: int, ahead_bytes: int) -> None:
         self._build = build
         self._rows = rows
         self._ahead_bytes = ahead_bytes
-        self._ready: deque[bytes] = deque()
+        self._ready: dict[int, bytes] = {}
+        self._asked: deque[int] = deque()
         # One counter a thread: `+=` on a shared one could lose an update.
         self._built_bytes = 0
         self._taken_bytes = 0
         self._changed = threading.Condition()
+        self._is_waiting = False
         self._is_stopped = False
         self.error: Exception | None = None
         self.is_warm = threading.Event()
@@ -132,14 +178,16 @@ class BuildAhead:
             self._changed.notify_all()
         self._thread.join()
 
-    def take(self) -> bytes | None:
-        """The next request in order, or None while it is not built."""
-        if not self._ready:
-            return None
-        request = self._ready.popleft()
+    def take(self, row: int) -> bytes | None:
+        """The request of the row, once; None while it is not built: ask again."""
+        request = self._ready.pop(row, None)
+        if request is None:
+            if row not in self._asked:
+                self._asked.append(row)
+        else:
+            self._taken_bytes += len(request)
         # Unlocked on purpose: the sender never waits for the builder.
-        self._taken_bytes += len(request)
-        if self._changed.acquire(blocking=False):
+        if self._is_waiting and self._changed.acquire(blocking=False):
             self._changed.notify_all()
             self._changed.release()
         return request
@@ -148,19 +196,38 @@ class BuildAhead:
         return self._built_bytes - self._taken_bytes >= self._ahead_bytes
 
     def _run(self) -> None:
+        early: set[int] = set()
         try:
             for row in range(self._rows):
-                with self._changed:
-                    while self._is_full() and not self._is_stopped:
-                        self.is_warm.set()
-                        # The time limit makes up for a notification that `take` could not give.
-                        self._changed.wait(0.05)
+                self._wait_for_room(row, early)
                 if self._is_stopped:
                     return
-                request = self._build(row)
-                self._built_bytes += len(request)
-                self._ready.append(request)
+                if row not in early:
+                    self._add(row)
         except Exception as error:  # noqa: BLE001  # handed to the sender, who raises it
             self.error = error
         finally:
             self.is_warm.set()
+
+    def _wait_for_room(self, next_row: int, early: set[int]) -> None:
+        """Return when the next row in order may be built; build what is asked for meanwhile."""
+        while not self._is_stopped:
+            while self._asked:
+                row = self._asked.popleft()
+                # Smaller rows are built already: the question came too soon.
+                if row >= next_row and row not in early:
+                    early.add(row)
+                    self._add(row)
+            if not self._is_full():
+                return
+            self.is_warm.set()
+            with self._changed:
+                self._is_waiting = True
+                # The time limit makes up for a notification that `take` could not give.
+                self._changed.wait(0.05)
+                self._is_waiting = False
+
+    def _add(self, row: int) -> None:
+        request = self._build(row)
+        self._built_bytes += len(request)
+        self._ready[row] = request

@@ -1,13 +1,12 @@
 """How are requests sent at their times, whatever became of those before them, and timed honestly?
 
-The streaming engine: an open-loop dispatcher at absolute deadlines over a pool of keep-alive
+The streaming engine: a dispatcher at absolute deadlines (release.py) over a pool of keep-alive
 connections (connection.py), bodies built ahead (bodies.py), columns for records (recorder.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import bisect
 import gc
 import socket
 import ssl
@@ -24,7 +23,8 @@ from mooncake_bench.replay.alarm import Alarm
 from mooncake_bench.replay.bodies import BuildAhead
 from mooncake_bench.replay.connection import Connection, now
 from mooncake_bench.replay.errors import ReplayError
-from mooncake_bench.replay.recorder import FAILED, Recorder, Verdict
+from mooncake_bench.replay.recorder import FAILED, REJECTED, Recorder, Verdict
+from mooncake_bench.replay.release import Releases, Retry
 from mooncake_bench.replay.schedule import Plan
 
 IDLE_LIMIT_S = 4.0
@@ -86,13 +86,18 @@ class ClientStats(msgspec.Struct, frozen=True):
     loop_lag_p99_s: float
     loop_lag_max_s: float
     connections: int
+    rss_bytes: int = 0
+    """The most memory that the process had until the last answer; 0 where nobody can tell."""
     interrupted_at_s: float | None = None
     gone: str = ""
     """Why the endpoint was given up before the plan's end, if it was."""
 
 
 class Engine:
-    """Sends a plan once. Create and use it inside one running loop."""
+    """Sends a plan once. Create and use it inside one running loop.
+
+    `concurrency` > 0 makes a closed loop: so many requests at a time, due times ignored.
+    """
 
     def __init__(
         self,
@@ -101,6 +106,8 @@ class Engine:
         address: Address,
         timeouts: Timeouts,
         *,
+        concurrency: int = 0,
+        retry: Retry | None = None,
         gone_after_s: float = 2.0,
     ) -> None:
         self.recorder = Recorder(plan.request, plan.due_s)
@@ -108,10 +115,18 @@ class Engine:
         self._bodies = bodies
         self._address = address
         self._timeouts = timeouts
+        self._concurrency = concurrency
+        self._retry = retry
         self._gone_after_s = gone_after_s
         self._tls = ssl.create_default_context() if address.is_tls else None
         self._start = 0.0
+        self._releases = Releases(plan, 0.0, concurrency)
+        self._is_sent = bytearray(len(plan))
         self._sent = 0
+        self._kept: dict[int, bytes] = {}
+        """Requests that may be sent again."""
+        self._attempts: dict[int, int] = {}
+        self._again: dict[int, asyncio.TimerHandle] = {}
         self._connections: set[Connection] = set()
         self._idle: list[Connection] = []
         self._opening: set[asyncio.Task[None]] = set()
@@ -119,6 +134,7 @@ class Engine:
         self._opened = 0
         self._awaited = 0
         self._changed = asyncio.Event()
+        self._alarm: Alarm | None = None
         self._dispatcher: asyncio.Task[None] | None = None
         self._probe: asyncio.Task[None] | None = None
         self._loop_lags = array("d")
@@ -133,6 +149,7 @@ class Engine:
         what the building of a request raised.
         """
         self._start = self.recorder.origin = start
+        self._releases = Releases(self._plan, start, self._concurrency)
         self._dispatcher = asyncio.create_task(self._dispatch(), name="replay-dispatch")
         if self._interrupted_at_s is not None:
             self._dispatcher.cancel()
@@ -167,40 +184,50 @@ class Engine:
         return Progress(elapsed_s, len(self._plan), self._sent, finished, rejected, failed, tokens)
 
     async def _dispatch(self) -> None:
-        alarm = Alarm()
-        due = (self._plan.due_s + self._start).tolist()
+        releases = self._releases
+        self._alarm = alarm = Alarm()
         warm_at, burst = 0.0, 0
         try:
-            for row, at in enumerate(due):
-                while now() < at:
-                    if now() >= warm_at:
-                        self._warm(due, row)
+            while not releases.is_over:
+                while (at := now()) < releases.next_at or at < self._start:
+                    if at >= warm_at:
+                        self._warm()
                         warm_at = now() + WARM_S / 2
                     # Not past the moment to open connections for what comes later.
-                    await alarm.until(min(at, warm_at))
+                    await alarm.until(min(max(releases.next_at, self._start), warm_at))
                     burst = 0
-                burst += 1
-                if burst % CATCH_UP_SENDS == 0:
-                    await asyncio.sleep(0)
-                while (request := self._bodies.take()) is None:
+                row, released = releases.pop()
+                if released is not None:
+                    self.recorder.released(row, released)
+                while (request := self._bodies.take(row)) is None:
                     if self._bodies.error is not None:
                         raise self._bodies.error
                     await asyncio.sleep(0.0005)
                 self._send(row, request)
+                burst += 1
+                if burst % CATCH_UP_SENDS == 0 or releases.next_at > now():
+                    await asyncio.sleep(0)  # uvloop writes when its tasks pause: not later.
         finally:
+            self._alarm = None
             alarm.close()
 
-    def _warm(self, due: list[float], row: int) -> None:
+    def _warm(self) -> None:
         """Open the connections that the rows due soon will need."""
-        needed = bisect.bisect_right(due, now() + WARM_S, lo=row) - row
-        missing = needed - len(self._idle) - self._warming
+        missing = self._releases.due_before(now() + WARM_S) - len(self._idle) - self._warming
         for _ in range(min(missing, WARM_CONNECTIONS - self._warming)):
             self._warming += 1
             self._spawn(self._open_ahead(), "replay-open-ahead")
 
     def _send(self, row: int, request: bytes) -> None:
+        self._is_sent[row] = 1
         self._sent += 1
         self._awaited += 1
+        if self._retry is not None:
+            self._kept[row] = request
+            self._attempts[row] = 1
+        self._write(row, request)
+
+    def _write(self, row: int, request: bytes) -> None:
         connection = self._take_idle()
         if connection is not None:
             self.recorder.sent(row, connection.send(row, request))
@@ -249,10 +276,32 @@ class Engine:
         return connection
 
     def _on_settled(self, verdict: Verdict) -> None:
+        if self._retry is not None:
+            if verdict.status == REJECTED and self._send_again(verdict, self._retry):
+                return
+            self._kept.pop(verdict.row, None)
         self._awaited -= 1
         self.recorder.settle(verdict)
+        if self._releases.settled(verdict.row, now()) and self._alarm is not None:
+            self._alarm.wake()
         if not self._awaited:
             self._changed.set()
+
+    def _send_again(self, verdict: Verdict, retry: Retry) -> bool:
+        """Set the time of another attempt; False where the rejection stands."""
+        row = verdict.row
+        attempt = self._attempts[row]
+        if attempt >= retry.attempts:
+            return False
+        self._attempts[row] = attempt + 1
+        pause_s = retry.pause_s(int(self._plan.request[row]), attempt, verdict.retry_after_s)
+
+        def send() -> None:
+            del self._again[row]
+            self._write(row, self._kept[row])
+
+        self._again[row] = asyncio.get_running_loop().call_later(pause_s, send)
+        return True
 
     def _on_released(self, connection: Connection) -> None:
         self._idle.append(connection)
@@ -276,17 +325,19 @@ class Engine:
         at = now()
         for task in self._opening:
             task.cancel()
+        for timer in self._again.values():
+            timer.cancel()
         for connection in list(self._connections):
             connection.fail(reason, at)
         for row in self.recorder.pending().tolist():
-            if row < self._sent:
+            if self._is_sent[row]:
                 self._on_settled(Verdict(row, FAILED, at, reason))
 
     def _fail_unsent(self, reason: str) -> None:
         """Rows that nobody will answer; those in the future fail at their own time."""
         at = now()
         for row in self.recorder.pending().tolist():
-            if row >= self._sent:
+            if not self._is_sent[row]:
                 self._awaited += 1
                 due = self._start + float(self._plan.due_s[row])
                 self._on_settled(Verdict(row, FAILED, max(at, due), reason))
@@ -380,9 +431,19 @@ class Engine:
             loop_lag_p99_s=float(np.quantile(lags, 0.99)) if len(lags) else 0.0,
             loop_lag_max_s=float(lags.max()) if len(lags) else 0.0,
             connections=self._opened,
+            rss_bytes=_most_memory(),
             interrupted_at_s=self._interrupted_at_s,
             gone=self._gone,
         )
+
+
+def _most_memory() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
 from array import array
 from collections.abc import Callable
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 from typing import cast
 
 import msgspec
@@ -75,7 +78,8 @@ class Connection(asyncio.Protocol):
         assert self.is_usable
         assert self._transport is not None
         self.row = row
-        self._reader, self._sse, self._times = ResponseReader(), SseReader(), array("d")
+        self._reader, self._sse = ResponseReader(), SseReader(self._sse.key)
+        self._times = array("d")
         self._body = b""
         self.last_token_at = 0.0
         self.sent_at = now()
@@ -89,11 +93,11 @@ class Connection(asyncio.Protocol):
             self.close()
             return
         try:
-            body = reader.feed(data)
+            pieces = reader.feed(data)
             if reader.status == 200:
-                self._take_stream(reader, body, at)
+                self._take_stream(reader, pieces, at)
             elif reader.status:
-                self._take_error(reader, body, at)
+                self._take_error(reader, b"".join(pieces), at)
         except HttpError as error:
             self.fail(f"bad response: {error}", at)
         except SseError as error:
@@ -113,7 +117,7 @@ class Connection(asyncio.Protocol):
         try:
             reader.closed()
             if reader.status == 200:
-                self._take_stream(reader, b"", at)
+                self._take_stream(reader, [], at)
             else:
                 self._take_error(reader, b"", at)
         except HttpError:
@@ -132,17 +136,19 @@ class Connection(asyncio.Protocol):
             # abort, not close: a large body may still wait for a server that reads no more.
             self._transport.abort()
 
-    def _take_stream(self, reader: ResponseReader, body: bytes, at: float) -> None:
+    def _take_stream(self, reader: ResponseReader, pieces: list[bytes], at: float) -> None:
         if self.row < 0:
             return
         sse = self._sse
-        tokens = sse.feed(body) if body else 0
+        tokens = sse.feed(pieces) if pieces else 0
         if reader.is_complete:
             tokens += sse.close()
         if tokens:
             self.last_token_at = at
-            for _ in range(tokens):
+            if tokens == 1:
                 self._times.append(at)
+            else:
+                self._times.extend(array("d", (at,)) * tokens)
         if sse.error:
             self._end(FAILED, at, f"error in the stream: {sse.error}")
             self.close()
@@ -163,7 +169,8 @@ class Connection(asyncio.Protocol):
         said = reader.headers.get(b"x-rejection-reason", b"").decode("latin-1")[:120]
         said = said or _reason_in(self._body)
         if reader.status in REJECTION_STATUSES:
-            self._end(REJECTED, at, said or f"http {reader.status}")
+            wait_s = _seconds_of(reader.headers.get(b"retry-after", b""))
+            self._end(REJECTED, at, said or f"http {reader.status}", wait_s)
         else:
             self._end(FAILED, at, f"http {reader.status}" + (f": {said}" if said else ""))
 
@@ -173,7 +180,7 @@ class Connection(asyncio.Protocol):
         how = "reset" if isinstance(error, ConnectionResetError | BrokenPipeError) else "closed"
         return f"connection {how} " + ("inside" if reader.status else "before") + " the response"
 
-    def _end(self, status: int, at: float, reason: str) -> None:
+    def _end(self, status: int, at: float, reason: str, retry_after_s: float = math.nan) -> None:
         row, self.row = self.row, -1
         assert row >= 0
         http_status = self._reader.status if self._reader is not None else 0
@@ -187,6 +194,7 @@ class Connection(asyncio.Protocol):
                 self._times,
                 self._sse.usage,
                 self._sse.timeline,
+                retry_after_s,
             )
         )
         self.idle_since = now()
@@ -203,6 +211,20 @@ class Connection(asyncio.Protocol):
         self._reader = None
         self.idle_since = now()
         self._released(self)
+
+
+def _seconds_of(retry_after: bytes) -> float:
+    """The header's value, seconds or a date, as seconds from now; NaN where it says nothing."""
+    text = retry_after.decode("latin-1")
+    if text.isdecimal():
+        return float(text)
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return math.nan
+    # Only GMT is allowed; without a zone in the text it is GMT all the same.
+    date = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+    return max(0.0, date.timestamp() - time.time())
 
 
 def _reason_in(body: bytes) -> str:

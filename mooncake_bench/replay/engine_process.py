@@ -1,4 +1,4 @@
-"""How does a Locust worker send without gevent in the way? `python -m ...replay.engine_process`.
+"""How does a Locust worker send without gevent in the way? `python -m ...replay.engine_process N`.
 
 The streaming engine in a process of its own. Orders come on stdin, reports go to stdout (wire.py);
 it ends with its job, or when stdin closes because the worker is gone.
@@ -7,6 +7,7 @@ it ends with its job, or when stdin closes because the worker is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import sys
@@ -14,10 +15,13 @@ import threading
 import time
 from typing import BinaryIO
 
+import msgspec
+
 from mooncake_bench.replay.client import ClientStats, Engine
 from mooncake_bench.replay.errors import ReplayError
+from mooncake_bench.replay.options import ReplayOptions
 from mooncake_bench.replay.prepare import load_trace
-from mooncake_bench.replay.run import build_ahead, loop_factory, timeouts
+from mooncake_bench.replay.run import build_ahead, loop_factory, make_engine
 from mooncake_bench.replay.schedule import plan
 from mooncake_bench.replay.wire import (
     Done,
@@ -99,9 +103,12 @@ async def serve(job: Job, orders: Orders, reports: Reports) -> ClientStats | Non
             f"--trace {job.options.trace}: not the master's file (sha256 or rows differ); "
             "copy the same file to every host"
         )
-    mine = plan(trace.frame, job.options.speed, job.worker, job.workers)
-    bodies = build_ahead(trace, mine, job.options, job.target)
-    engine = Engine(mine, bodies, job.target.address, timeouts(job.options))
+    options = _my_options(job)
+    mine = plan(
+        trace.frame, options.speed, job.worker, job.workers, waits_for_answers=options.sessions
+    )
+    bodies = build_ahead(trace, mine, options, job.target)
+    engine = make_engine(mine, bodies, job.target, options)
     bodies.start()
     try:
         await asyncio.to_thread(bodies.is_warm.wait)
@@ -118,6 +125,13 @@ async def serve(job: Job, orders: Orders, reports: Reports) -> ClientStats | Non
         return stats
     finally:
         bodies.stop()
+
+
+def _my_options(job: Job) -> ReplayOptions:
+    """The options with this worker's share of the requests at a time, at least one."""
+    share, more = divmod(job.options.concurrency, job.workers)
+    mine = max(share + (job.worker < more), 1) if job.options.concurrency else 0
+    return msgspec.structs.replace(job.options, concurrency=mine)
 
 
 async def _report(engine: Engine, reports: Reports) -> None:
@@ -140,7 +154,11 @@ async def _main(inward: BinaryIO, outward: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Serve one job on stdin and stdout."""
+    """Serve one job on stdin and stdout, with the niceness in the first argument if we may."""
+    if sys.platform != "win32":
+        # The worker has given way by now, for this process: who may not raise it again, does not.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, int(sys.argv[1]) if len(sys.argv) > 1 else 0)
     # Whatever else prints must not get between the messages.
     outward = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What to replay, how, and where the results go. Times in seconds."""
 
     trace: Annotated[
-        str, _flag("trace file (Mooncake JSON lines, Azure CSV) or the name of a generator")
+        str, _flag("trace file (see `trace --help` for the formats) or the name of a generator")
     ] = "conversation-like"
     url: Annotated[
         str,
@@ -34,11 +35,39 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     name: Annotated[str, _flag("name of the run in reports (default: the trace's)")] = ""
     speed: Annotated[float, _flag("replay this many times faster than the trace", gt=0.0)] = 1.0
     jitter: Annotated[bool, _flag("spread arrivals inside the trace's timestamp buckets")] = False
-    seed: Annotated[int, _flag("of generator, jitter and sampling")] = 0
+    arrivals: Annotated[
+        str,
+        _flag(
+            "when requests arrive: trace, constant, poisson, gamma or ramp, like poisson:rate_rps=5"
+        ),
+    ] = "trace"
+    concurrency: Annotated[
+        int, _flag("closed loop: so many requests at a time, times ignored; 0: open loop", ge=0)
+    ] = 0
+    sessions: Annotated[
+        bool, _flag("a session's next turn waits for the answer, where the trace says so")
+    ] = True
+    seed: Annotated[int, _flag("of generator, arrivals, jitter and sampling")] = 0
     window: Annotated[str, _flag("replay this part of the trace, START-END in seconds")] = ""
     sample: Annotated[float, _flag("share of the trace's sessions to replay", gt=0.0, le=1.0)] = 1.0
     limit: Annotated[int, _flag("replay the first N requests only; 0: all", ge=0)] = 0
-    slo: Annotated[str, _flag("bounds that a request must meet")] = "ttft<30s,tbt<100ms"
+    slo: Annotated[
+        str,
+        _flag('bounds that a request must meet; by class: "chat:ttft<2s,tbt<50ms;batch:ttft<60s"'),
+    ] = "ttft<30s,tbt<100ms"
+    slo_headers: Annotated[
+        bool, _flag("tell the server the bounds: headers x-slo-ttft-ms and x-slo-tpot-ms")
+    ] = False
+    warmup: Annotated[
+        float, _flag("s at the start whose requests are sent but left out of the summary", ge=0.0)
+    ] = 0.0
+    cooldown: Annotated[
+        float, _flag("s before the last arrival whose requests are left out of the summary", ge=0.0)
+    ] = 0.0
+    retry: Annotated[
+        Literal["none", "backoff"], _flag("what is done with a rejected request (attempts counted)")
+    ] = "none"
+    scrape: Annotated[bool, _flag("read the server's /metrics once a second")] = True
     prompt: Annotated[
         Literal["auto", "tokens", "text"],
         _flag("prompts as token ids or as text (auto: token ids where the endpoint takes them)"),
@@ -46,6 +75,14 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: Annotated[
         Literal["completions", "chat"], _flag("/v1/completions or /v1/chat/completions")
     ] = "completions"
+    tokenizer: Annotated[
+        str, _flag("tokenizer.json (or its directory) by which text prompts get their exact length")
+    ] = ""
+    salt: Annotated[
+        str,
+        _flag("changes all prefixes alike, against a warm cache: none, run (new each run), a text"),
+    ] = "none"
+    cache_salt: Annotated[bool, _flag("send the salt as cache_salt too (vLLM)")] = False
     model: Annotated[str, _flag("model name (default: the first of /v1/models)")] = ""
     connect_timeout: Annotated[float, _flag("s to open a connection", gt=0.0)] = 10.0
     first_token_timeout: Annotated[float, _flag("s from send to first token", gt=0.0)] = 600.0
@@ -53,6 +90,19 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     total_timeout: Annotated[float, _flag("s from send to the end of a request", gt=0.0)] = 3600.0
     max_lag: Annotated[float, _flag("s of p99 lag above which the run is invalid", gt=0.0)] = 0.1
     max_cpu: Annotated[float, _flag("share of a core above which the run is invalid", gt=0.0)] = 0.9
+    max_stall: Annotated[
+        float, _flag("s of p99 event-loop lateness above which the run is invalid", gt=0.0)
+    ] = 0.1
+    search: Annotated[
+        Literal["", "speed", "rate"],
+        _flag("find the highest speed, or rate in requests/s, at which the target is met"),
+    ] = ""
+    target: Annotated[float, _flag("attainment to be met in a search", gt=0.0, le=1.0)] = 0.9
+    search_from: Annotated[float, _flag("where a search begins: must be met", ge=0.0)] = 0.0
+    search_to: Annotated[float, _flag("where a search ends", ge=0.0)] = 0.0
+    search_precision: Annotated[
+        float, _flag("a search ends when its bounds are so close: 0.05 is 5 %", gt=0.0, le=1.0)
+    ] = 0.05
 
     @property
     def sends_tokens(self) -> bool:
@@ -96,7 +146,36 @@ def options_from(values: Mapping[str, Any]) -> ReplayOptions:
     if options.endpoint == "chat" and options.prompt == "tokens":
         raise ReplayError("--prompt tokens: chat takes no token ids; use --endpoint completions")
     parse_window(options.window)
+    _check_together(options)
     return options
+
+
+def settle_salt(options: ReplayOptions) -> ReplayOptions:
+    """The options with `--salt run` replaced by a nonce of this run, so that it is recorded."""
+    if options.salt != "run":
+        return options
+    return msgspec.structs.replace(options, salt=secrets.token_hex(8))
+
+
+def _check_together(options: ReplayOptions) -> None:
+    """Raise ReplayError for flags that do not go together."""
+    if options.cache_salt and options.salt == "none":
+        raise ReplayError("--cache-salt: there is no salt to send; add --salt run or --salt TEXT")
+    if options.tokenizer and options.sends_tokens:
+        raise ReplayError("--tokenizer: prompts go as token ids here; add --prompt text")
+    if not options.salt.isprintable() or not options.salt:
+        raise ReplayError(f"--salt {options.salt!r}: give none, run, or a printable text")
+    if options.concurrency and (options.arrivals != "trace" or options.search):
+        what = "--search" if options.search else "--arrivals"
+        raise ReplayError(f"{what}: a closed loop has no arrivals of its own; leave --concurrency")
+    if options.search and options.speed != 1.0:
+        raise ReplayError(
+            "--speed: a search chooses it; leave it out, or cut the trace by --window"
+        )
+    if options.search and not 0 < options.search_from < options.search_to:
+        raise ReplayError(
+            f"--search {options.search}: give --search-from above 0 and --search-to above that"
+        )
 
 
 def parse_window(text: str) -> tuple[float, float] | None:
@@ -117,9 +196,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to Locust's parser (an argparse one)."""
     # Not in a group: Locust's page shows what is added to its parser itself.
     for flag in flags():
+        if flag.field.startswith("search") or flag.field == "target":
+            continue  # A search is many runs; `mooncake-bench replay` does it.
         settings: dict[str, Any] = {"default": flag.default, "help": flag.help}
         if flag.kind is bool:
-            settings["action"] = "store_true"
+            # Those that are on by default need a way to be turned off.
+            settings["action"] = argparse.BooleanOptionalAction if flag.default else "store_true"
         else:
             settings["type"] = flag.kind
         if flag.choices:
@@ -136,7 +218,7 @@ def as_command(run: Callable[[ReplayOptions], None]) -> Callable[..., None]:
     parameters = []
     for flag in flags():
         # The words are checked by options_from: ways to tell them to typer differ by its version.
-        words = "[" + "|".join(flag.choices) + "]" if flag.choices else None
+        words = "[" + "|".join(filter(None, flag.choices)) + "]" if flag.choices else None
         name = f"{flag.name}/--no-{flag.name[2:]}" if flag.kind is bool else flag.name
         parameters.append(
             inspect.Parameter(
@@ -159,7 +241,8 @@ def as_command(run: Callable[[ReplayOptions], None]) -> Callable[..., None]:
 
 def _remedy(field: str, text: str) -> str:
     choices = next(flag.choices for flag in flags() if flag.field == field)
-    return f"use one of {', '.join(choices)}" if choices else text.replace("`", "").lower()
+    words = ", ".join(filter(None, choices))
+    return f"use one of {words}" if choices else text.replace("`", "").lower()
 
 
 _KINDS: dict[type, type] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ COLUMNS = (
     *SERVER_STAMPS,
     "decode_start_s",
     *SERVER_NUMBERS,
+    "attempts",  # sends; more than one where a rejected request was sent again
+    "retry_after_s",  # what the last rejection asked for
 )
 ROW = np.dtype([(name, np.float64) for name in COLUMNS])
 """A record as it travels; seconds are from the run's start, NaN is null, integers are exact."""
@@ -48,6 +51,8 @@ class Verdict:
     times: array[float] = field(default_factory=lambda: array("d"))
     usage: dict[str, Any] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)
+    retry_after_s: float = math.nan
+    """What a rejection asked for; NaN where it said nothing."""
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -73,13 +78,16 @@ class Recorder:
     def __init__(self, requests: npt.NDArray[np.int64], due_s: npt.NDArray[np.float64]) -> None:
         self.origin = 0.0
         """The start of the run on the clock of the stamps; records count from it."""
-        self._table = np.full(len(requests), np.nan, dtype=ROW)
-        self._table["request"] = requests
-        self._table["arrival_s"] = due_s
-        self._table["status"] = 0
-        self._table["received_tokens"] = 0
-        # Views: assigning into them is several times cheaper than into the table.
-        self._columns = {name: self._table[name] for name in COLUMNS}
+        # Arrays, not NumPy's: assigning one item is several times cheaper.
+        empty = array("d", [math.nan]) * len(requests)
+        self._columns = {name: array("d", empty) for name in COLUMNS}
+        self._columns["request"] = array("d", requests.astype(np.float64).tobytes())
+        self._columns["arrival_s"] = array("d", due_s.tobytes())
+        for name in ("status", "received_tokens", "attempts"):
+            self._columns[name] = array("d", bytes(8 * len(requests)))
+        self._arrival_s = self._columns["arrival_s"]
+        self._sent_s = self._columns["sent_s"]
+        self._attempts = self._columns["attempts"]
         self._times: dict[int, array[float]] = {}
         self._texts: dict[int, tuple[str, str | None, str | None]] = {}
         self._fresh: list[int] = []
@@ -87,13 +95,20 @@ class Recorder:
         self.counts = [0, 0, 0, 0]
         """Settled requests by status."""
 
+    def released(self, row: int, at: float) -> None:
+        """The row's arrival depended on other answers, and is now known."""
+        self._arrival_s[row] = at - self.origin
+
     def sent(self, row: int, at: float) -> None:
-        self._columns["sent_s"][row] = at - self.origin
+        """One more attempt; the first one's time is kept."""
+        if not self._attempts[row]:
+            self._sent_s[row] = at - self.origin
+        self._attempts[row] += 1.0
 
     def settle(self, verdict: Verdict) -> None:
         """Close the record: every row is settled at most once."""
         columns, row = self._columns, verdict.row
-        assert columns["status"][row] == 0
+        assert columns["status"][row] == 0.0
         columns["status"][row] = verdict.status
         columns["finished_s"][row] = max(verdict.at - self.origin, 0.0)
         if verdict.http_status:
@@ -108,25 +123,31 @@ class Recorder:
         timeline = verdict.timeline
         if timeline:
             self._take_timeline(row, timeline)
-        self._texts[row] = (verdict.reason, _name(timeline, "prefill"), _name(timeline, "decode"))
+        columns["retry_after_s"][row] = verdict.retry_after_s
+        if verdict.reason or timeline:
+            prefill, decode = _name(timeline, "prefill"), _name(timeline, "decode")
+            self._texts[row] = (verdict.reason, prefill, decode)
         self.counts[verdict.status] += 1
         self._fresh.append(row)
 
     def pending(self) -> npt.NDArray[np.int64]:
         """Positions of the rows that are not settled."""
-        return np.flatnonzero(self._columns["status"] == 0)
+        return np.flatnonzero(np.frombuffer(self._columns["status"]) == 0.0)
 
     def drain(self) -> Batch | None:
         """The records settled since the last drain, which are forgotten here."""
         rows, self._fresh = self._fresh, []
         if not rows:
             return None
-        texts = [self._texts.pop(row) for row in rows]
+        texts = [self._texts.pop(row, ("", None, None)) for row in rows]
+        table = np.empty(len(rows), dtype=ROW)
+        for name, column in self._columns.items():
+            table[name] = np.frombuffer(column)[rows]
         times = array("d")
         for row in rows:
             times.extend(self._times.pop(row, ()))
         return Batch(
-            rows=self._table[rows].tobytes(),
+            rows=table.tobytes(),
             reasons=[text[0] for text in texts],
             prefills=[text[1] for text in texts],
             decodes=[text[2] for text in texts],
@@ -143,9 +164,9 @@ class Recorder:
     def _take_timeline(self, row: int, timeline: dict[str, Any]) -> None:
         """The server's stamps count from its receipt: put them on our clock, and in order."""
         columns = self._columns
-        sent_s = earliest_s = float(columns["sent_s"][row])
-        first_s, finished_s = columns["first_token_s"][row], float(columns["finished_s"][row])
-        latest_s = finished_s if np.isnan(first_s) else float(first_s)
+        sent_s = earliest_s = columns["sent_s"][row]
+        first_s, finished_s = columns["first_token_s"][row], columns["finished_s"][row]
+        latest_s = finished_s if math.isnan(first_s) else first_s
         for name in SERVER_STAMPS:
             stamp_s = sent_s + _number(timeline.get(name))
             if stamp_s == stamp_s:
@@ -159,7 +180,7 @@ class Recorder:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _name(timeline: dict[str, Any], key: str) -> str | None:

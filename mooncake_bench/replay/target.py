@@ -82,11 +82,18 @@ def authorization() -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
+def control_url(url: str) -> str:
+    """The base of the server's own pages: the URL without a last /v1, with a last slash."""
+    return url.rstrip("/").removesuffix("/v1") + "/"
+
+
 def _client(url: str) -> httpx.Client:
     # No proxies from the environment: control calls go where the load goes.
-    base = url.rstrip("/").removesuffix("/v1") + "/"
     return httpx.Client(
-        base_url=base, timeout=CONTROL_TIMEOUT_S, trust_env=False, headers=authorization()
+        base_url=control_url(url),
+        timeout=CONTROL_TIMEOUT_S,
+        trust_env=False,
+        headers=authorization(),
     )
 
 

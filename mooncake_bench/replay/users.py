@@ -8,6 +8,7 @@ start for all, collects every record, and writes the run.
 from __future__ import annotations
 
 import logging
+import os
 import subprocess  # gevent's: importing locust has patched it.
 import sys
 import time
@@ -27,13 +28,19 @@ from mooncake_bench.replay import wire
 from mooncake_bench.replay.client import ClientStats
 from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.live import LiveView, ttfts_s
-from mooncake_bench.replay.options import ReplayOptions, add_arguments, options_from
+from mooncake_bench.replay.options import (
+    ReplayOptions,
+    add_arguments,
+    options_from,
+    settle_salt,
+)
 from mooncake_bench.replay.prepare import load_trace
 from mooncake_bench.replay.recorder import FAILED, REJECTED, Batch
-from mooncake_bench.replay.run import conclude, write
-from mooncake_bench.replay.schedule import Plan, plan, share
+from mooncake_bench.replay.run import conclude, scraping, with_server_metrics, write
+from mooncake_bench.replay.schedule import Plan, plan, share, share_of_sessions
+from mooncake_bench.replay.scrape import Scraper
 from mooncake_bench.replay.target import Target, find_target
-from mooncake_bench.slo import SloError, parse_slo
+from mooncake_bench.slo import SloError, parse_slos
 from workloads.errors import TraceError
 from workloads.trace import Trace
 
@@ -42,6 +49,8 @@ log = logging.getLogger(__name__)
 START_MARGIN_S = 1.0
 PINGS = 5
 STOP_PATIENCE_S = 5.0
+NICENESS = 19
+"""Of Locust's own processes while engines send."""
 EXIT_BAD_INPUT, EXIT_INVALID = 2, 3
 LOCAL = "local"
 """The name under which a runner without workers sends messages to itself."""
@@ -73,6 +82,7 @@ class WorkerSide:
 
     def __init__(self, environment: Any) -> None:
         self._environment = environment
+        self._niceness = _niceness()
         self._process: subprocess.Popen[bytes] | None = None
         self._is_done = Event()
         self._is_done.set()
@@ -97,13 +107,15 @@ class WorkerSide:
     def _on_prepare(self, msg: Any, **_: Any) -> None:
         self.finish()
         self._is_done.clear()
-        # Its own session: Ctrl-C is for Locust, which then asks the engine to stop.
+        # Its own group: Ctrl-C is for Locust, which then asks the engine to stop. Not its own
+        # session: Linux may weigh sessions against each other, whatever the niceness.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mooncake_bench.replay.engine_process"],
+            [sys.executable, "-m", "mooncake_bench.replay.engine_process", str(self._niceness)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,
+            process_group=None if sys.platform == "win32" else 0,
         )
+        _give_way()
         self._send(msg.data["job"])
         gevent.spawn(self._listen, self._process)
 
@@ -223,6 +235,7 @@ class MasterSide:
         if self._is_over.is_set():
             self._is_over.clear()
             self._must_stop.clear()
+            _give_way()
             self._shares, self._batches, self._view = {}, [], None
             self._start = self._end = 0.0
             self.phase, self.message = "preparing", ""
@@ -265,16 +278,17 @@ class MasterSide:
     def _replay(self) -> int:
         """Prepare, start, wait, write; the exit code."""
         values = vars(self._environment.parsed_options)
-        options = options_from(values | {"url": self._environment.host or ""})
-        slo = parse_slo(options.slo)
+        options = settle_salt(options_from(values | {"url": self._environment.host or ""}))
+        slo, _ = parse_slos(options.slo)
         trace = load_trace(options)
         target = find_target(options.url, options.model)
-        whole = plan(trace.frame, options.speed)
+        whole = plan(trace.frame, options.speed, waits_for_answers=options.sessions)
         self._view = LiveView(slo, len(whole))
-        self._prepare(trace, options, target)
-        self._start_all()
-        self._await_done()
-        return self._conclude(trace, whole, options, target)
+        with scraping(target, options) as scraper:
+            self._prepare(trace, options, target)
+            self._start_all()
+            self._await_done()
+        return self._conclude(trace, whole, options, target, scraper)
 
     def _prepare(self, trace: Trace, options: ReplayOptions, target: Target) -> None:
         names = self._worker_names()
@@ -318,17 +332,27 @@ class MasterSide:
                     return
             self._note_lost()
 
-    def _conclude(self, trace: Trace, whole: Plan, options: ReplayOptions, target: Target) -> int:
+    def _conclude(
+        self,
+        trace: Trace,
+        whole: Plan,
+        options: ReplayOptions,
+        target: Target,
+        scraper: Scraper | None,
+    ) -> int:
         self.phase = "writing"
         engines = [part.stats for part in self._shares.values() if part.stats is not None]
         errors = sorted({part.error for part in self._shares.values() if part.error})
         lost = [
-            share(len(whole), worker, len(self._shares))
+            share_of_sessions(trace.frame, worker, len(self._shares))
+            if whole.after is not None
+            else share(len(whole), worker, len(self._shares))
             for worker, part in enumerate(self._shares.values())
             if part.stats is None
         ]
         rows = np.concatenate(lost) if lost else None
         result = conclude(whole, self._batches, engines, options, target, self._start, rows)
+        result = with_server_metrics(result, scraper, self._start)
         result.warnings.extend(errors)
         result.client["clocks_ahead_s"] = [part.clock_ahead_s for part in self._shares.values()]
         if options.out:
@@ -376,6 +400,16 @@ class MasterSide:
             assert isinstance(done, wire.Done)
             part.stats, part.error = done.stats, done.error
             part.is_done.set()
+
+
+def _niceness() -> int:
+    return 0 if sys.platform == "win32" else os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def _give_way() -> None:
+    """Locust's tables may wait; where cores are few, the sending of requests may not."""
+    if sys.platform != "win32" and _niceness() < NICENESS:
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 def _add_flags(parser: Any) -> None:  # Locust passes it by name: it must be called `parser`.

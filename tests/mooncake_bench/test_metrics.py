@@ -317,3 +317,60 @@ def test_input_classes_hold_every_request_once() -> None:
     assert metrics.input_quartiles([frame]) == (3, 4, 6)
     other = [stages["other"] for stages in metrics.stages_by_input(frame, (2, 4, 6))]
     assert other == [1.5, 3.5, 5.5, 7.5]
+
+
+# --- Accounts, classes, windows -----------------------------------------------------------------
+
+
+def test_every_offered_request_is_counted_once():
+    """Finished, refused (after two retries), failed, given up twice, never sent: six in all."""
+    frame = requests(
+        {"sent_s": 0.1, "attempts": 1},
+        {"sent_s": 0.1, "status": "rejected", "reason": "ttft", "attempts": 3},
+        {"sent_s": 0.1, "status": "failed", "reason": "http 500", "attempts": 1},
+        {"sent_s": 0.1, "status": "failed", "reason": "no token for 120 s", "attempts": 1},
+        {"sent_s": 0.1, "status": "failed", "reason": "interrupted", "attempts": 1},
+        {"status": "failed", "reason": "connection refused", "attempts": 0},
+    )
+    assert metrics.accounting(frame) == {
+        "offered": 6,
+        "sent": 5,
+        "attempts": 7,
+        "finished": 1,
+        "rejected_early": 1,
+        "failed_late": 1,
+        "abandoned": 2,
+        "not_sent": 1,
+    }
+
+
+def test_requests_of_a_class_are_held_to_its_bounds():
+    """2 s is late for chat (1 s), and for no class (1 s), not for batch (60 s)."""
+    late = {"first_token_s": 2.0, "finished_s": 2.0}
+    frame = metrics.per_request(
+        requests({"class": "chat", **late}, {"class": "batch", **late}, late), NO_SPANS
+    )
+    by_class = {"batch": Slo(60.0, 0.1)}
+    assert metrics.attained(frame, INFO.slo, by_class).to_list() == [False, True, False]
+    assert metrics.misses(frame, INFO.slo, by_class)["late_first_token"] == 2
+    assert metrics.attained(frame, INFO.slo).to_list() == [False, False, False]
+
+
+def test_a_measured_window_leaves_out_what_arrives_around_it():
+    """Arrivals at 0, 10, 19 and 30 s, measured from 10 to 20 s: two requests, over 10 s."""
+    rows = [
+        {"arrival_s": at, "sent_s": at, "first_token_s": at + 0.5, "finished_s": at + 1.0}
+        for at in (0.0, 10.0, 19.0, 30.0)
+    ]
+    info = RunInfo(
+        name="x", source="external", system="external", slo=Slo(1.0, 0.1), measured_s=(10.0, 20.0)
+    )
+    summary = metrics.summarise(info, requests(*rows), NO_SPANS, NO_SAMPLES)
+    assert summary["offered"] == 2
+    assert summary["measured"] == {"start_s": 10.0, "end_s": 20.0, "excluded": 2}
+    assert summary["duration_s"] == 10.0  # from 10 s to the finish of the request of 19 s
+    assert summary["goodput_rps"] == 0.2
+    assert summary["ttft_s"]["p50"] == 0.5
+    whole = metrics.summarise(INFO, requests(*rows), NO_SPANS, NO_SAMPLES)
+    assert whole["measured"] is None
+    assert whole["offered"] == 4

@@ -153,3 +153,14 @@ def test_the_fingerprint_names_the_machine_kind_but_not_the_machine() -> None:
 def test_versions_of_what_is_not_installed_are_left_out() -> None:
     """A light installation has no torch, and that is no error."""
     assert set(records.installed_versions(("polars", "not-a-package-at-all"))) == {"polars"}
+
+
+def test_a_run_of_before_the_later_columns_can_be_read(a_run: ARun) -> None:
+    """Runs without class, attempts and retry_after_s have nulls there."""
+    run = a_run("old", requests=5)
+    assert run.directory is not None
+    path = run.directory / "requests.parquet"
+    pl.read_parquet(path).drop("class", "attempts", "retry_after_s").write_parquet(path)
+    again = read_run(run.directory).requests
+    assert again.equals(run.requests)
+    assert again["class"].null_count() == 5

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mooncake_bench.slo import NOTHING, Slo, SloError, parse_slo, percent, seconds
+from mooncake_bench.slo import NOTHING, Slo, SloError, parse_slo, parse_slos, percent, seconds
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,28 @@ def test_times_read_in_the_unit_people_use() -> None:
         "0 s",
     ]
     assert seconds(None) == percent(None) == NOTHING
+
+
+def test_classes_take_what_they_leave_out_from_the_general_bounds():
+    """ "ttft<1s;chat:tbt<50ms": chat has both; without a general part there are the defaults."""
+    slo, by_class = parse_slos("ttft<1s ; chat:tbt<50ms;batch : ttft<60s,tbt<1s")
+    assert slo == Slo(1.0, 0.1)
+    assert by_class == {"chat": Slo(1.0, 0.05), "batch": Slo(60.0, 1.0)}
+    assert parse_slos("chat:ttft<2s") == (Slo(), {"chat": Slo(2.0, 0.1)})
+    assert parse_slos("ttft<2s") == (Slo(2.0, 0.1), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (";", "is not a bound"),
+        (":ttft<1s", "no class before"),
+        ("a:ttft<1s;a:tbt<1s", "gives a twice"),
+        ("ttft<1s;tbt<1s", "gives the general bounds twice"),
+        ("a:e2e<1s", "'e2e' is not ttft or tbt"),
+    ],
+)
+def test_classes_that_cannot_be_read(text: str, words: str):
+    """One line."""
+    with pytest.raises(SloError, match=words):
+        parse_slos(text)

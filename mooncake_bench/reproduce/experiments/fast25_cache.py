@@ -120,6 +120,8 @@ def summary_of(values: Values, name: str) -> float:
 # ---- Figure 11 ---------------------------------------------------------------------------------
 
 STABLE_S = 600.0
+ON_DEMAND = "conversation"
+KEPT_KEYS = 100
 
 
 def judge_fig11(values: Values, published: Published) -> Outcome:
@@ -134,10 +136,13 @@ def judge_fig11(values: Values, published: Published) -> Outcome:
             held = [counts[place] for counts in stable]
             what = f"{workload}: instances with key {rank} after ten minutes, least and mean"
             words = f"{min(held)} and {sum(held) / len(held):.1f} of 8"
-            if rank == 10:
+            if rank == 10 and workload != ON_DEMAND:
                 checks.append(claim(what, min(held) >= 7, "nearly all", words, "at least 7"))
             else:
                 checks.append(told(what, "nearly all" if rank == 100 else "", words))
+        checks.append(share(f"{workload}: hit ratio", None, summary_of(values, workload)))
+        ttft_s = values[workload]["summary"]["ttft_s"]["mean"]
+        checks.append(number(f"{workload}: mean TTFT", None, ttft_s, "s"))
         series = [
             Series(f"key {rank}", "disaggregated", (), [(at_s / 60, c[place]) for at_s, c in rows])
             for place, rank in enumerate(ranks)
@@ -153,7 +158,10 @@ KEYS = (
     "in 43 of them, of one long conversation, eight of these in the first ten minutes. A policy "
     "that copies on demand would have to send each to another instance. The paper's curve is "
     "counted with finer keys: of keys of 16 tokens (vLLM's blocks) the 32 most requested lie in "
-    "that first block, so that its line, 8 of 8, is also that of the 10th key of 16 tokens."
+    "that first block, so that its line, 8 of 8, is also that of the 10th key of 16 tokens. The "
+    f"second run adds what the paper does not describe: every 30 s the {KEPT_KEYS} keys most used "
+    "so far are copied to all prefill instances. The 10th key is then where the paper has it; it "
+    "gains nothing here, since few of these keys are asked for again (hits and TTFT in the table)."
 )
 
 
@@ -236,8 +244,15 @@ EXPERIMENTS = (
         "8 prefill and 8 decode instances; every 10 s it is counted on how many prefill instances "
         "the keys are that the whole trace asks for most. Keys are 512-token blocks.",
         {
-            name: msgspec.structs.replace(mooncake(workload), hot_keys_every_s=10.0)
-            for name, workload in (("conversation", CONVERSATION), ("tool & agent", TOOLAGENT))
+            name: msgspec.structs.replace(run, hot_keys_every_s=10.0)
+            for name, run in (
+                (ON_DEMAND, mooncake(CONVERSATION)),
+                (
+                    f"conversation, {KEPT_KEYS} keys kept everywhere",
+                    mooncake(CONVERSATION, prefill__replicate_keys=KEPT_KEYS),
+                ),
+                ("tool & agent", mooncake(TOOLAGENT)),
+            )
         },
         judge_fig11,
     ),

@@ -26,7 +26,7 @@ WHOLE = [
 
 def read(pieces: list[bytes]) -> tuple[ResponseReader, bytes]:
     reader = ResponseReader()
-    return reader, b"".join(reader.feed(piece) for piece in pieces if piece)
+    return reader, b"".join(b"".join(reader.feed(piece)) for piece in pieces if piece)
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:

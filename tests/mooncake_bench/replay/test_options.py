@@ -32,6 +32,15 @@ def test_typer_and_argparse_read_the_same_flags():
     assert (result.exit_code, seen) == (0, [WANTED])
 
 
+def test_a_search_is_not_offered_to_locust():
+    """It is many runs; flags that are on by default can be turned off in both."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    known = vars(parser.parse_args(["--no-scrape", "--no-sessions"]))
+    assert not any(name.startswith("search") for name in known)
+    assert (known["scrape"], known["sessions"]) == (False, False)
+
+
 def test_every_flag_explains_itself():
     """Help for all, and defaults that are those of the structure."""
     assert all(flag.help for flag in flags())
@@ -57,6 +66,16 @@ def test_texts_of_a_web_form_become_numbers():
         ({"window": "9-3"}, "--window 9-3: the end must come after"),
         ({"endpoint": "chat", "prompt": "tokens"}, "--prompt tokens: chat takes no token ids"),
         ({"stall_timeout": 0}, "--stall-timeout 0: "),
+        ({"cache_salt": True}, "--cache-salt: there is no salt to send; add --salt run"),
+        ({"tokenizer": "t"}, "--tokenizer: prompts go as token ids here; add --prompt text"),
+        ({"salt": ""}, "--salt '': give none, run, or a printable text"),
+        ({"concurrency": 2, "arrivals": "poisson"}, "--arrivals: a closed loop has no arrivals"),
+        ({"concurrency": 2, "search": "rate"}, "--search: a closed loop has no arrivals"),
+        ({"search": "rate"}, "--search rate: give --search-from above 0 and --search-to above"),
+        ({"search": "rate", "speed": 2.0}, "--speed: a search chooses it"),
+        ({"search": "load"}, "--search load: use one of rate, speed"),
+        ({"target": 1.5}, "--target 1.5: "),
+        ({"retry": "always"}, "--retry always: use one of backoff, none"),
     ],
 )
 def test_a_wrong_flag_is_one_line_with_its_name(values, line):

@@ -5,7 +5,7 @@ import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mooncake_bench.replay.schedule import plan, release_times, share
+from mooncake_bench.replay.schedule import plan, release_times, share, share_of_sessions
 
 FRAME = pl.DataFrame(
     {
@@ -51,3 +51,30 @@ def test_release_times_keep_the_order_and_are_a_function_of_their_arguments(time
     due_s = release_times(arrival_s, speed)
     assert (np.diff(due_s) >= 0).all()
     assert due_s.tolist() == release_times(arrival_s, speed).tolist()
+
+
+SESSIONS = FRAME.with_columns(
+    pl.Series("session", ["a", "b", "a", None, "b"]),
+    pl.Series("delay_s", [None, None, 2.0, 1.0, None]),
+)
+
+
+def test_a_turn_with_a_delay_waits_for_the_turn_before_it():
+    """Row 2 for row 0, 2 s at any speed; row 3 has no session, row 4 a time of its own."""
+    waiting = plan(SESSIONS, speed=2.0)
+    assert waiting.after is not None
+    assert waiting.pause_s is not None
+    assert waiting.after.tolist() == [-1, -1, 0, -1, -1]
+    assert waiting.pause_s[2] == 2.0
+    assert plan(SESSIONS, speed=2.0, waits_for_answers=False).after is None
+    assert plan(FRAME, speed=2.0).after is None
+
+
+def test_a_session_stays_with_one_worker():
+    """a, b and row 3 are three: a and row 3 to the first of two workers, positions within it."""
+    assert share_of_sessions(SESSIONS, 0, 2).tolist() == [0, 2, 3]
+    assert share_of_sessions(SESSIONS, 1, 2).tolist() == [1, 4]
+    first = plan(SESSIONS, 1.0, 0, 2)
+    assert first.after is not None
+    assert first.request.tolist() == [0, 2, 3]
+    assert first.after.tolist() == [-1, 0, -1]

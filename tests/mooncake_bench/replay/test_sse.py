@@ -48,7 +48,7 @@ STREAMS = {
 
 def read(pieces: list[bytes]) -> tuple[int, SseReader]:
     reader = SseReader()
-    tokens = sum(reader.feed(piece) for piece in pieces) + reader.close()
+    tokens = sum(reader.feed([piece]) for piece in pieces) + reader.close()
     return tokens, reader
 
 
