@@ -30,8 +30,8 @@ class Retry(msgspec.Struct, frozen=True):
         """Seconds from the rejection of this attempt (1: the first) to the next one."""
         if retry_after_s >= 0.0:  # False for NaN.
             return min(retry_after_s, self.cap_s)
-        draw = np.random.default_rng((request, attempt)).random()
-        return float(draw) * min(self.cap_s, self.base_s * 2.0 ** (attempt - 1))
+        jitter = np.random.default_rng((request, attempt))
+        return float(jitter.random()) * min(self.cap_s, self.base_s * 2.0 ** (attempt - 1))
 
 
 class Releases:

@@ -20,7 +20,13 @@ import polars as pl
 
 from mooncake_bench.records import Run, RunInfo, fingerprint, installed_versions, write_run
 from mooncake_bench.replay.assemble import build_frames, judge
-from mooncake_bench.replay.bodies import AHEAD_BYTES, BuildAhead, RequestBuilder, RequestShape
+from mooncake_bench.replay.bodies import (
+    AHEAD_BYTES,
+    CLOSED_AHEAD_BYTES,
+    BuildAhead,
+    RequestBuilder,
+    RequestShape,
+)
 from mooncake_bench.replay.client import ClientStats, Engine, Progress, Timeouts
 from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.options import ReplayOptions, settle_salt
@@ -350,7 +356,8 @@ def build_ahead(trace: Trace, mine: Plan, options: ReplayOptions, target: Target
         slo_headers=slo_headers(options.slo) if options.slo_headers else {},
         words=load_words(options.tokenizer) if options.tokenizer else None,
     )
-    return BuildAhead(RequestBuilder(shape, mine).build, len(mine), AHEAD_BYTES)
+    ahead_bytes = CLOSED_AHEAD_BYTES if options.concurrency else AHEAD_BYTES
+    return BuildAhead(RequestBuilder(shape, mine).build, len(mine), ahead_bytes)
 
 
 def slo_headers(text: str) -> dict[str | None, str]:

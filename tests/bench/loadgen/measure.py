@@ -30,6 +30,8 @@ class Report:
     start_ns: float | None = None
     by_request: dict[str, Seen] = field(default_factory=dict)
     ttft_ms: list[float] = field(default_factory=list)
+    has_own_times: bool = False
+    """It replays no trace: there is no schedule to hold it to."""
 
 
 @dataclass(slots=True)
@@ -144,7 +146,7 @@ def open_figures(part: Part, served: list[Served], report: Report, usage: Usage)
 
 def _schedule_ms(part: Part, served: list[Served], report: Report) -> dict[str, float]:
     """Arrival at the server minus due time; without a known start, by order, at its best."""
-    if not served:
+    if not served or report.has_own_times:
         return {}
     if report.start_ns is not None:
         due = {str(number): row.due_s for number, row in enumerate(part.rows)}

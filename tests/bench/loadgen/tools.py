@@ -18,7 +18,7 @@ from typing import Any
 import polars as pl
 from endpoint import REPO, Mock, Unavailable
 from measure import Report, Seen, Usage, watched
-from workload import INPUT_TOKENS, Part, mooncake_trace
+from workload import INPUT_TOKENS, SLOWED, Part, mooncake_trace
 
 HERE = Path(__file__).parent
 LOCUSTFILE = REPO / "mooncake_bench" / "replay" / "locustfile.py"
@@ -99,6 +99,12 @@ def measured(
     return usage
 
 
+def _variables(more: dict[str, str] | None) -> dict[str, str]:
+    known = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | (more or {})
+    known.pop("HF_HUB_OFFLINE", None)  # Set to anything, it keeps aiperf from a local tokenizer.
+    return known
+
+
 @contextlib.contextmanager
 def _started(
     bench: Bench, command: list[Any], variables: dict[str, str] | None = None
@@ -107,9 +113,7 @@ def _started(
     words += map(str, command)
     process = subprocess.Popen(
         words,
-        env=os.environ
-        | {"HF_HUB_OFFLINE": "0", "TOKENIZERS_PARALLELISM": "false"}
-        | (variables or {}),
+        env=_variables(variables),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -144,6 +148,7 @@ def _replay_flags(bench: Bench, part: Part, mock: Mock) -> list[Any]:
     rows = int(28_000 * part.seconds * 16 / part.tokens)  # More than the mock can serve.
     trace = mooncake_trace(part, bench.scratch / "trace.jsonl", rows)
     flags = ["--trace", trace, "--url", mock.url, "--out", bench.scratch / "run"]
+    flags += ["--speed", SLOWED]
     return flags if part.is_open else [*flags, "--concurrency", part.streams]
 
 
@@ -363,7 +368,7 @@ def inference_perf(bench: Bench, part: Part, mock: Mock) -> tuple[Report, Usage]
         for start, metrics in times
         if metrics.get("output_token_times")
     ]
-    return Report(ttft_ms=values), usage
+    return Report(ttft_ms=values, has_own_times=True), usage
 
 
 def _always(value: int) -> dict[str, int]:
