@@ -75,13 +75,15 @@ def test_a_closed_loop_keeps_so_many_requests_under_way():
             return server, await send(server, a_plan([900.0] * 20), concurrency=3)
 
     server, table = run(main())
-    assert server.received == list(range(20))
+    # Connections of their own: what leaves at one instant may arrive in any order.
+    assert sorted(server.received) == list(range(20))
     assert max(seen) == 3
     assert set(table["status"]) == {FINISHED}
     assert (table["sent_s"] >= table["arrival_s"]).all()
     # Each release is the end of another request, but for the first three.
     assert set(table["arrival_s"][:3]) == {0.0}
-    assert (np.diff(table["arrival_s"][2:]) > 0).all()
+    assert (np.diff(table["arrival_s"][2:]) >= 0).all()
+    assert (table["arrival_s"][3:] > 0).all()
 
 
 def test_the_next_turn_of_a_session_waits_for_the_answer():
