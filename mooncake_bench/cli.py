@@ -56,7 +56,9 @@ SchedulingName = Annotated[
     str | None,
     typer.Option(help="random | least-loaded | local-cache-aware | kvcache-centric"),
 ]
-AdmissionName = Annotated[str | None, typer.Option(help="accept-all | early-rejection")]
+AdmissionName = Annotated[
+    str | None, typer.Option(help="accept-all | load-based | early-rejection | predictive")
+]
 ProfileName = Annotated[str | None, typer.Option(help="cost profile: a name or a .toml file")]
 BatchingName = Annotated[str | None, typer.Option(help="colocated: prefill-first | chunked")]
 PrefixCaching = Annotated[
