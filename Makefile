@@ -9,13 +9,20 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check virtual-time bench clean
+.PHONY: demo test check gate gate-record virtual-time bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mooncake-bench demo --out build/demo
 
-test: check
+test: check gate
 	$(BIN)/python -m pytest
+
+# Did any decision of the cluster change? On purpose: make gate-record, and commit it with the reason.
+gate: $(VENV)/.tested
+	$(BIN)/python -m mooncake_bench.cli gate --scenarios tests/golden/scenarios.toml --baseline tests/golden
+
+gate-record: $(VENV)/.tested
+	$(BIN)/python -m mooncake_bench.cli gate record --scenarios tests/golden/scenarios.toml --to tests/golden
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .
@@ -24,6 +31,7 @@ check: $(VENV)/.tested
 
 # The cluster in virtual time on another Python: make virtual-time PYTHON=python3.13 VENV=.venvs/313
 virtual-time: $(VENV)/.tested
+	$(BIN)/python -m mooncake_bench.cli gate --scenarios tests/golden/scenarios.toml --baseline tests/golden
 	$(BIN)/python -m pytest tests/reference_cluster tests/laws -m "not live and not browser"
 
 bench: $(VENV)/.tested

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mooncake_bench.gate.command import gate_app
+from mooncake_bench.gate.errors import GateError
 from mooncake_bench.records import RecordsError, Run, read_run
 from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.options import ReplayOptions, as_command, options_from
@@ -27,7 +29,15 @@ if TYPE_CHECKING:
     from mooncake_bench.replay.client import Progress
 
 BAD_INPUT, INVALID_RUN, INTERRUPTED = 2, 3, 130
-EXPECTED = (ClusterError, RecordsError, ReplayError, ReproduceError, SloError, TraceError)
+EXPECTED = (
+    ClusterError,
+    GateError,
+    RecordsError,
+    ReplayError,
+    ReproduceError,
+    SloError,
+    TraceError,
+)
 
 results = Console()
 diagnostics = Console(stderr=True)
@@ -44,6 +54,7 @@ trace_app = typer.Typer(
     "prompts or messages as JSON lines, a directory of ServeGen clients.",
 )
 app.add_typer(trace_app, name="trace")
+app.add_typer(gate_app, name="gate")
 
 # ---- flags shared by simulate and serve ------------------------------------------------------
 

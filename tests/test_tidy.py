@@ -68,6 +68,7 @@ MAY_START_A_CLUSTER = (
     "mooncake_bench/demo.py",
     "mooncake_bench/simulation.py",
     "mooncake_bench/reproduce",
+    "mooncake_bench/gate/scenarios.py",
 )
 MAY_DRAW = tuple(f"mooncake_bench/{name}.py" for name in ("report", "cli", "reproduce/page"))
 SEEN_BY_DASHBOARDS = tuple(f"mooncake_bench.{name}" for name in ("metrics", "records", "slo"))
