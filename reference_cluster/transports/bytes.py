@@ -8,7 +8,7 @@ import fcntl
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -199,3 +199,25 @@ def check_batch(local: Sequence[Range], size: int, remote: Sequence[Range], peer
             raise TransportError(f"{theirs} is outside {peer.segment} of {peer.size} bytes")
         total += ours.length
     return total
+
+
+def cut(
+    local: Sequence[Range], remote: Sequence[Range], bytes_max: int, ranges_max: int
+) -> Iterator[tuple[list[Range], list[Range]]]:
+    """The batch in order, in parts of at most so many bytes and ranges; long ranges are divided."""
+    ours: list[Range] = []
+    theirs: list[Range] = []
+    room = bytes_max
+    for here, there in zip(local, remote, strict=True):
+        done = 0
+        while done < here.length:
+            length = min(room, here.length - done)
+            ours.append(Range(here.offset + done, length))
+            theirs.append(Range(there.offset + done, length))
+            done += length
+            room -= length
+            if room == 0 or len(ours) == ranges_max:
+                yield ours, theirs
+                ours, theirs, room = [], [], bytes_max
+    if ours:
+        yield ours, theirs

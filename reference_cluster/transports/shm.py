@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,7 +55,8 @@ class ShmTransport:
     ) -> None:
         total = check_batch(local, self.size, remote, peer)
         theirs = array_of(self.segment_of(peer))
-        await self.copy(theirs, remote, self.own, local, total, deadline_s)
+        work = functools.partial(copy_ranges, theirs, remote, self.own, local)
+        await self.copy(work, total, deadline_s, peer)
 
     async def write(
         self,
@@ -66,7 +67,8 @@ class ShmTransport:
     ) -> None:
         total = check_batch(local, self.size, remote, peer)
         theirs = array_of(self.segment_of(peer))
-        await self.copy(self.own, local, theirs, remote, total, deadline_s)
+        work = functools.partial(copy_ranges, self.own, local, theirs, remote)
+        await self.copy(work, total, deadline_s, peer)
 
     def view(self, peer: Endpoint, remote: Range) -> memoryview:
         """The peer's bytes in place, read-only: for who can use them while the peer holds them."""
@@ -90,19 +92,17 @@ class ShmTransport:
 
     async def copy(
         self,
-        source: Array,
-        origins: Sequence[Range],
-        target: Array,
-        places: Sequence[Range],
+        copy: Callable[[threading.Event], None],
         total: int,
         deadline_s: float,
+        peer: Endpoint,
     ) -> None:
         stopped = threading.Event()
-        work = functools.partial(copy_ranges, source, origins, target, places, stopped)
         if total > INLINE_BYTES:
-            await run_stoppable(self.executor, work, stopped.set, deadline_s)
+            work = functools.partial(copy, stopped)
+            await run_stoppable(self.executor, work, stopped.set, deadline_s, peer.segment)
             return
-        work()
+        copy(stopped)
         self.inline_bytes += total
         if self.inline_bytes > INLINE_BYTES_IN_A_ROW:
             self.inline_bytes = 0

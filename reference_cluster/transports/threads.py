@@ -14,9 +14,13 @@ T = TypeVar("T")
 
 
 async def run_stoppable(
-    executor: Executor, work: Callable[[], T], stop: Callable[[], None], deadline_s: float
+    executor: Executor,
+    work: Callable[[], T],
+    stop: Callable[[], None],
+    deadline_s: float,
+    peer: str,
 ) -> T:
-    """The result of `work`, done in a thread of the executor.
+    """The result of `work`, done in a thread of the executor; errors name the `peer`.
 
     At the deadline, or when the waiting task is cancelled, `stop` is called, which must make
     `work` end soon; only then TransportError or CancelledError is raised, so that the work
@@ -53,5 +57,7 @@ async def run_stoppable(
     if cancelled is not None:
         raise cancelled
     if is_late and (done.cancelled() or done.exception() is not None):
-        raise TransportError(f"not done within {deadline_s:g} s")
+        raise TransportError(f"{peer}: not done within {deadline_s:g} s")
+    if done.cancelled():
+        raise TransportError(f"{peer}: the transport was closed")
     return done.result()
