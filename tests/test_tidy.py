@@ -101,6 +101,7 @@ HOMES = {
     "torch": ("reference_cluster/engines/torch",),
     "vllm": ("reference_cluster/engines/vllm",),
     "pyverbs": ("reference_cluster/transports/rdma.py",),
+    "mooncake": ("reference_cluster/transports/mooncake.py",),
     "ray": ("reference_cluster/launch",),
 }
 
@@ -365,6 +366,7 @@ BAD: list[tuple[Rule, str, str]] = [
     (homes, REPLAY, "from locust import User"),
     (homes, REPLAY, "import gevent"),
     (homes, "reference_cluster/engines/modelled.py", "import torch"),
+    (homes, "reference_cluster/transports/tcp.py", "from mooncake.engine import TransferEngine"),
     (cluster_layers, "reference_cluster/request.py", "from reference_cluster.policies import view"),
     (cluster_layers, POLICY, "from reference_cluster.kvpool.pool import BlockPool"),
     (cluster_layers, CLUSTER, "from reference_cluster.cluster import Cluster"),

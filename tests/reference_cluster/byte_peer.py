@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from reference_cluster.transports.bytes import ByteTransport, Endpoint, Range, Segment, sweep
+from reference_cluster.transports.mooncake import MooncakeTransport
 from reference_cluster.transports.shm import ShmTransport
 from reference_cluster.transports.tcp import TcpTransport
 
@@ -31,6 +32,7 @@ PREFIX = f"mcb-test{os.getpid()}-"
 MAKERS: dict[str, Callable[[], ByteTransport]] = {
     "shm": ShmTransport,
     "tcp": TcpTransport,
+    "mooncake": MooncakeTransport,
 }
 
 
