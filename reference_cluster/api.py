@@ -69,12 +69,23 @@ class Listener(Sink):
 
 
 class Front:
-    """The HTTP front of one cluster, which it starts and stops with the server."""
+    """The HTTP front of one cluster, which it starts and stops with the server.
 
-    def __init__(self, config: ClusterConfig, profile: Profile, token: str | None = None) -> None:
+    With `directory` its instances are workers, which meet the Conductor there.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        profile: Profile,
+        token: str | None = None,
+        directory: str | None = None,
+    ) -> None:
         self.config = config
         self.profile = profile
         self.token = token
+        self.directory = directory
+        self.on_ready: Callable[[], object] = lambda: None
         self.ids = itertools.count()
         self.cluster: Cluster
         self.metrics: LiveMetrics
@@ -88,6 +99,7 @@ class Front:
             Route("/metrics", self.guarded(self.prometheus)),
             Route("/cluster/info", self.guarded(self.info)),
             Route("/cluster/samples", self.guarded(self.samples)),
+            Route("/cluster/integrity", self.guarded(self.integrity)),
         ]
         return Starlette(routes=routes, lifespan=self.lifespan)
 
@@ -95,15 +107,20 @@ class Front:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """The cluster lives as long as the server."""
         # One step at a time: a live client gets each token when it exists.
-        self.cluster = Cluster(self.config, self.profile, self.ended, steps_max=1)
+        self.cluster = Cluster(
+            self.config, self.profile, self.ended, steps_max=1, directory=self.directory
+        )
         self.metrics = LiveMetrics(self.cluster, self.profile.name)
         self.started_s = self.cluster.loop.time()
         self.serving = asyncio.create_task(self.cluster.run(), name="cluster")
         self.serving.add_done_callback(self.stopped)
         try:
+            await self.cluster.house.ready()
+            self.on_ready()
             yield
         finally:
             self.serving.cancel()
+            await asyncio.gather(self.serving, return_exceptions=True)
 
     def stopped(self, task: asyncio.Task[None]) -> None:
         """A crash of the cluster is told to the log and to everybody who waits for an answer."""
@@ -265,12 +282,18 @@ class Front:
                 "config": msgspec.to_builtins(self.config),
                 "profile": profile,
                 "source": "live-modelled",
+                "workers": self.cluster.house.rows(),
             }
         )
 
     async def samples(self, http: HttpRequest) -> Response:
         rows = [(row[0] - self.started_s, *row[1:]) for row in self.cluster.samples.rows]
         return as_json({"now_s": self.cluster.loop.time() - self.started_s, "samples": rows})
+
+    async def integrity(self, http: HttpRequest) -> Response:
+        """Do all books balance? For every instance a line of what is wrong, empty if nothing is."""
+        problems = await self.cluster.house.check()
+        return as_json({"problems": problems, "in_flight": len(self.cluster.in_flight)})
 
 
 async def client_left(http: HttpRequest, listener: Listener) -> None:

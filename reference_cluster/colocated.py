@@ -11,8 +11,9 @@ from reference_cluster.blocks import reusable_tokens
 from reference_cluster.config import ColocatedConfig
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
-from reference_cluster.kvpool.pool import BlockPool
+from reference_cluster.kvpool.pool import BlockPool, PoolUse
 from reference_cluster.policies.batching import Chunk, DecodeBatch, fill_step
+from reference_cluster.policies.scheduling import Placement
 from reference_cluster.policies.view import DecodeView, PrefillView
 from reference_cluster.request import Request
 
@@ -25,40 +26,26 @@ class Memory:
     pinned: int
 
 
-class ColocatedInstance:
-    """A model replica that does both. Device memory holds running requests and, if prefix caching
-    is on, the blocks of earlier ones for as long as there is room.
+class ColocatedLoad:
+    """What waits and runs on a colocated instance: its own books, and those of its mirror."""
 
-    *prefill-first*: a waiting prompt stops all decoding until it is prefilled (vLLM v0.5.1).
-    *chunked*: every step decodes the whole batch and fills its token budget with prompt.
-    """
-
-    def __init__(
-        self,
-        id: int,
-        cost: CostModel,
-        engine: Engine,
-        pool: BlockPool,
-        block_tokens: int,
-        config: ColocatedConfig,
-        on_end: Callable[[Request], None],
-    ) -> None:
+    def __init__(self, id: int, cost: CostModel, block_tokens: int, capacity_blocks: int) -> None:
         self.id = id
         self.name = f"colocated-{id}"
         self.cost = cost
-        self.engine = engine
-        self.pool = pool
         self.block_tokens = block_tokens
-        self.config = config
-        self.on_end = on_end
-        self.loop = asyncio.get_running_loop()
+        self.capacity_blocks = capacity_blocks
+        self.pool: PoolUse
         self.batch = DecodeBatch()
         self.waiting: deque[Request] = deque()
         self.started: deque[Request] = deque()  # In device memory, prompt not yet done.
-        self.memory: dict[int, Memory] = {}
         self.predicted_s: dict[int, float] = {}  # Prefill time of what waits, by request.
         self.running_end_s = 0.0  # Predicted end of the prefill under way.
-        self.changed = asyncio.Event()
+
+    @property
+    def running_blocks(self) -> int:
+        """Device memory that nobody can have before somebody ends."""
+        raise NotImplementedError
 
     def blocks_needed(self, request: Request) -> int:
         return -(-request.kv_tokens // self.block_tokens)
@@ -76,8 +63,7 @@ class ColocatedInstance:
     def decode_view(self, now_s: float) -> DecodeView:
         coming = [*self.waiting, *self.started]
         waiting_blocks = sum(self.blocks_needed(request) for request in self.waiting)
-        running_blocks = self.pool.reserved + len(self.pool.pins)
-        free_blocks = self.pool.capacity - running_blocks - waiting_blocks
+        free_blocks = self.capacity_blocks - self.running_blocks - waiting_blocks
         return DecodeView(
             self.id,
             self.name,
@@ -88,10 +74,44 @@ class ColocatedInstance:
             free_blocks * self.block_tokens,
         )
 
-    def accept(self, request: Request, reused_tokens: int) -> None:
+
+class ColocatedInstance(ColocatedLoad):
+    """A model replica that does both. Device memory holds running requests and, if prefix caching
+    is on, the blocks of earlier ones for as long as there is room.
+
+    *prefill-first*: a waiting prompt stops all decoding until it is prefilled (vLLM v0.5.1).
+    *chunked*: every step decodes the whole batch and fills its token budget with prompt.
+    """
+
+    def __init__(
+        self,
+        id: int,
+        cost: CostModel,
+        engine: Engine,
+        pool: BlockPool,
+        block_tokens: int,
+        config: ColocatedConfig,
+        on_end: Callable[[Request], None],
+        on_started: Callable[[Request], None] = lambda request: None,
+    ) -> None:
+        super().__init__(id, cost, block_tokens, pool.capacity)
+        self.engine = engine
+        self.pool: BlockPool = pool
+        self.config = config
+        self.on_end = on_end
+        self.on_started = on_started  # Its prefill begins; the first token is told to its sink.
+        self.loop = asyncio.get_running_loop()
+        self.memory: dict[int, Memory] = {}
+        self.changed = asyncio.Event()
+
+    @property
+    def running_blocks(self) -> int:
+        return self.pool.reserved + len(self.pool.pins)
+
+    def accept(self, request: Request, placement: Placement) -> None:
         self.waiting.append(request)
         request.timeline.fetched_s = request.timeline.placed_s
-        predicted_s = self.cost.prefill_s(request.input_tokens, reused_tokens)
+        predicted_s = self.cost.prefill_s(request.input_tokens, placement.reused_tokens)
         self.predicted_s[request.id] = predicted_s
         self.changed.set()
 
@@ -131,6 +151,7 @@ class ColocatedInstance:
             self.running_end_s = max(start_s, self.running_end_s) + predicted_s
             request.timeline.prefill_start_s = max(start_s, request.timeline.fetched_s or start_s)
             self.started.append(request)
+            self.on_started(request)
 
     def reuse(self, request: Request) -> int:
         """Pin the cached prefix; returns its blocks."""

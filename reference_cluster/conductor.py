@@ -13,7 +13,7 @@ from reference_cluster.policies.scheduling import Placement, Scheduling
 from reference_cluster.policies.view import ClusterView, DecodeView, Holder, PrefillView
 from reference_cluster.reports import LoadReports
 from reference_cluster.request import Request
-from reference_cluster.transports.base import Transport
+from reference_cluster.transports.base import Links
 
 FORGETTING = 0.02  # Share of the newest in the learned mean decode time.
 
@@ -43,7 +43,7 @@ class Conductor:
         prefill: Sequence[Prefilling],
         decode: Sequence[Decoding],
         index: PrefixIndex,
-        transport: Transport | None,
+        transport: Links | None,
         block_tokens: int,
         capacity_tokens: int,
         reports: LoadReports | None = None,

@@ -17,6 +17,7 @@ Admission = Literal["accept-all", "load-based", "early-rejection", "predictive"]
 Batching = Literal["prefill-first", "chunked"]
 Eviction = Literal["lru", "lfu", "length-aware"]
 System = Literal["disaggregated", "colocated"]
+Placement = Literal["inside", "processes"]
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,6 +77,26 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     link_bytes_per_s: float | None = None  # None: the profile's.
 
 
+class WorkersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the instances of a live cluster run, and when one counts as dead."""
+
+    placement: Placement = "processes"  # A process each, or all inside the server's own.
+    heartbeat_s: float = 0.5
+    dead_after_s: float = 3.0  # Without a sign of life; it is killed then.
+    restart: bool = True
+    start_s_max: float = 60.0  # The server gives up where a worker has not said hello by then.
+    cpus: tuple[tuple[int, ...], ...] = ()  # For each worker in order, what it may run on; (): any.
+    devices: tuple[str, ...] = ()  # For each worker its CUDA_VISIBLE_DEVICES.
+
+
+class FailureConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What becomes of the requests of an instance that is lost."""
+
+    resume: bool = True  # Streams go on elsewhere, from their tokens so far; else they end.
+    replacements_max: int = 2  # So often a request is placed again before it fails.
+    transfer_deadline_s: float = 10.0  # Of every question and transfer between workers.
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole cluster. Counts are instances, each a node of the profile's GPUs."""
 
@@ -93,6 +114,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode: DecodeConfig = DecodeConfig()
     colocated: ColocatedConfig = ColocatedConfig()
     network: NetworkConfig = NetworkConfig()
+    workers: WorkersConfig = WorkersConfig()
+    failure: FailureConfig = FailureConfig()
 
     def __post_init__(self) -> None:
         counts = {
@@ -114,6 +137,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "decode.device_tokens": self.decode.device_tokens,
             "colocated.device_tokens": self.colocated.device_tokens,
             "network.link_bytes_per_s": self.network.link_bytes_per_s,
+            "workers.heartbeat_s": self.workers.heartbeat_s,
+            "failure.transfer_deadline_s": self.failure.transfer_deadline_s,
+            "workers.start_s_max": self.workers.start_s_max,
         }
         for name, count in counts.items():
             if count is not None and not count > 0:
@@ -130,6 +156,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, count in may_be_none.items():
             if not count >= 0:
                 raise ValueError(f"{name} is {count}; it must not be negative")
+        if not self.workers.dead_after_s >= 2 * self.workers.heartbeat_s:
+            # One late heartbeat is no death.
+            raise ValueError("workers.dead_after_s must be at least twice workers.heartbeat_s")
         if self.colocated.step_tokens_max <= self.colocated.batch_max:
             raise ValueError("colocated.step_tokens_max must exceed colocated.batch_max")
 
@@ -137,6 +166,14 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def prefill_groups(self) -> int:
         """Prefill instances as the Conductor sees them: of one node, or a pipeline of several."""
         return self.prefill_instances // self.prefill.nodes_per_group
+
+    @property
+    def instance_names(self) -> list[str]:
+        """Of all instances, in order: each is a worker where they run in processes."""
+        if self.system == "colocated":
+            return [f"colocated-{id}" for id in range(self.colocated_instances)]
+        prefill = [f"prefill-{id}" for id in range(self.prefill_groups)]
+        return prefill + [f"decode-{id}" for id in range(self.decode_instances)]
 
     @property
     def title(self) -> str:

@@ -13,34 +13,19 @@ from reference_cluster.policies.view import DecodeView
 from reference_cluster.request import Request
 
 
-class DecodeInstance:
-    """A model replica that only decodes; joins and departures happen only between steps."""
+class DecodeLoad:
+    """What decodes and is expected on a decode instance: its own books, and those of its mirror."""
 
-    def __init__(
-        self,
-        id: int,
-        cost: CostModel,
-        engine: Engine,
-        capacity_tokens: int,
-        batch_max: int,
-        tbt_slo_s: float | None,
-        on_end: Callable[[Request], None],
-    ) -> None:
+    def __init__(self, id: int, cost: CostModel, capacity_tokens: int) -> None:
         self.id = id
         self.name = f"decode-{id}"
         self.cost = cost
-        self.engine = engine
         self.capacity_tokens = capacity_tokens
-        self.batch_max = batch_max
-        self.tbt_slo_s = tbt_slo_s  # None: whoever arrives is served.
-        self.on_end = on_end
-        self.loop = asyncio.get_running_loop()
         self.batch = DecodeBatch()
         self.waiting: deque[Request] = deque()
         self.expected: dict[int, Request] = {}  # Placed here, not yet in the batch.
         self.expected_tokens = 0
         self.expected_kv_tokens = 0
-        self.changed = asyncio.Event()
 
     def decode_view(self, now_s: float) -> DecodeView:
         return DecodeView(
@@ -64,6 +49,28 @@ class DecodeInstance:
         if self.expected.pop(request.id, None) is not None:
             self.expected_tokens -= request.input_tokens
             self.expected_kv_tokens -= request.kv_tokens
+
+
+class DecodeInstance(DecodeLoad):
+    """A model replica that only decodes; joins and departures happen only between steps."""
+
+    def __init__(
+        self,
+        id: int,
+        cost: CostModel,
+        engine: Engine,
+        capacity_tokens: int,
+        batch_max: int,
+        tbt_slo_s: float | None,
+        on_end: Callable[[Request], None],
+    ) -> None:
+        super().__init__(id, cost, capacity_tokens)
+        self.engine = engine
+        self.batch_max = batch_max
+        self.tbt_slo_s = tbt_slo_s  # None: whoever arrives is served.
+        self.on_end = on_end
+        self.loop = asyncio.get_running_loop()
+        self.changed = asyncio.Event()
 
     def join(self, request: Request) -> None:
         """The request's KV is here. The local scheduler checks its TBT once more."""

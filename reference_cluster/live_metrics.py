@@ -14,8 +14,8 @@ from prometheus_client import (
 )
 
 from reference_cluster.cluster import Cluster
-from reference_cluster.colocated import ColocatedInstance
-from reference_cluster.decode import DecodeInstance
+from reference_cluster.colocated import ColocatedLoad
+from reference_cluster.decode import DecodeLoad
 from reference_cluster.request import Request
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 30, 60, 120)
@@ -121,13 +121,13 @@ class LiveMetrics:
             self.usage.labels(self.model, decode.name).set(self.used_share(decode))
         self.running.set(running)
         self.waiting.set(waiting)
-        self.lag.set(max(engine.lag_s_max for engine in self.cluster.engines))
+        self.lag.set(self.cluster.house.engine_lag_s)
         return generate_latest(self.registry)
 
-    def batching(self) -> Iterable[DecodeInstance | ColocatedInstance]:
+    def batching(self) -> Iterable[DecodeLoad | ColocatedLoad]:
         return [*self.cluster.decode, *self.cluster.colocated]
 
-    def used_share(self, instance: DecodeInstance | ColocatedInstance) -> float:
-        if isinstance(instance, DecodeInstance):
+    def used_share(self, instance: DecodeLoad | ColocatedLoad) -> float:
+        if isinstance(instance, DecodeLoad):
             return instance.batch.kv_tokens / instance.capacity_tokens
         return instance.pool.used / instance.pool.capacity

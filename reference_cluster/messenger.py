@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from reference_cluster.cost_model import CostModel
 from reference_cluster.request import Request
 from reference_cluster.transports.base import Flow, Transport
+
+
+class Delivery(Protocol):
+    """A request's KV on its way from prefill to decode, as the prefill instance sees it."""
+
+    def prefilled(self) -> None:
+        """The last layer of the last chunk exists: nothing holds the rest back."""
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
 
 
 class Handover:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from reference_cluster.blocks import reusable_tokens
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
-from reference_cluster.kvpool.pool import BlockPool
+from reference_cluster.kvpool.pool import BlockPool, PoolUse
 from reference_cluster.kvpool.ssd import SsdTier
-from reference_cluster.messenger import Handover
+from reference_cluster.messenger import Delivery
 from reference_cluster.policies.batching import chunks
 from reference_cluster.policies.scheduling import Placement
-from reference_cluster.policies.view import PrefillView
+from reference_cluster.policies.view import Holder, PrefillView
 from reference_cluster.request import Block, Request
 
 
@@ -34,10 +35,61 @@ class Queued:
         return self.awaited > 0
 
 
-class PrefillInstance:
+class PrefillLoad:
+    """What waits and runs on a prefill instance: its own books, and those of its mirror."""
+
+    def __init__(self, id: int, cost: CostModel, block_tokens: int) -> None:
+        self.id = id
+        self.name = f"prefill-{id}"
+        self.pool: PoolUse
+        self.queue: Collection[Any]
+        self.cost = cost
+        self.block_tokens = block_tokens
+        self.backlog_s = 0.0  # Predicted prefill time of all that waits.
+        self.running: object | None = None
+        self.running_end_s = 0.0  # Predicted.
+        self.promised: dict[Block, int] = {}  # Blocks that what waits or runs will have stored.
+
+    def queue_s(self, now_s: float) -> float:
+        """Predicted time until a request that comes now could start."""
+        if self.running is None or self.running_end_s <= now_s:
+            return self.backlog_s
+        return self.backlog_s + (self.running_end_s - now_s)
+
+    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
+        """For a request whose first `held_blocks` are here; those on their way count as well."""
+        blocks = request.blocks
+        held_blocks, read_s = self.readable(blocks, held_blocks, now_s)
+        if self.promised:
+            while held_blocks < len(blocks) and blocks[held_blocks] in self.promised:
+                held_blocks += 1
+        reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
+        return PrefillView(self.id, self.queue_s(now_s), reused, 0, read_s)
+
+    def readable(self, blocks: Sequence[Block], held: int, now_s: float) -> tuple[int, float]:
+        """Of what is held, how many blocks DRAM can have, and how soon: all of it is there."""
+        return held, 0.0
+
+    def promise(self, blocks: Sequence[Block]) -> None:
+        """Somebody here will have stored them."""
+        promised = self.promised
+        for block in blocks:
+            promised[block] = promised.get(block, 0) + 1
+
+    def forget_promises(self, blocks: Sequence[Block]) -> None:
+        promised = self.promised
+        for block in blocks:
+            left = promised.pop(block) - 1
+            if left:
+                promised[block] = left
+
+
+class PrefillInstance(PrefillLoad):
     """A model replica that only prefills. One request at a time, first come first served.
 
-    In a pipeline of nodes (CPP) the next request starts when the first stage is free.
+    In a pipeline of nodes (CPP) the next request starts when the first stage is free. `fetch` asks
+    for a longer prefix than is here, `hand_over` opens the way of a prefill's KV to its decode
+    instance; how the peers are reached is the business of whoever makes the instance.
     """
 
     def __init__(
@@ -49,53 +101,35 @@ class PrefillInstance:
         ssd: SsdTier | None,
         block_tokens: int,
         chunk_tokens: int,
-        hand_over: Callable[[Request, float], Handover | None],
-        on_prefilled: Callable[[Request, Handover | None], None],
+        fetch: Callable[[Queued, Holder], None],
+        hand_over: Callable[[Request, float], Delivery | None],
+        on_prefilled: Callable[[Request, Delivery | None], None],
     ) -> None:
-        self.id = id
-        self.name = f"prefill-{id}"
-        self.cost = cost
+        super().__init__(id, cost, block_tokens)
         self.engine = engine
-        self.pool = pool
+        self.pool: BlockPool = pool
         self.ssd = ssd
-        self.block_tokens = block_tokens
         self.chunk_tokens = chunk_tokens
+        self.fetch = fetch
         self.hand_over = hand_over
         self.on_prefilled = on_prefilled
         self.loop = asyncio.get_running_loop()
         self.queue: deque[Queued] = deque()
-        self.backlog_s = 0.0  # Predicted prefill time of all that waits.
         self.running: Queued | None = None
-        self.running_end_s = 0.0  # Predicted.
         self.draining: list[Queued] = []  # Their last chunks are in later stages of the pipeline.
-        self.promised: dict[Block, int] = {}  # Blocks that what waits or runs will have stored.
         self.lending = 0  # Fetches by other instances, which pin blocks here.
         self.changed = asyncio.Event()
 
-    def queue_s(self, now_s: float) -> float:
-        """Predicted time until a request that comes now could start."""
-        if self.running is None or self.running_end_s <= now_s:
-            return self.backlog_s
-        return self.backlog_s + (self.running_end_s - now_s)
+    def readable(self, blocks: Sequence[Block], held: int, now_s: float) -> tuple[int, float]:
+        if self.ssd is None:
+            return held, 0.0
+        held = min(held, self.pool.capacity)  # All must come up to DRAM.
+        return held, self.ssd.ready_s(blocks[:held], now_s) - now_s
 
-    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
-        """For a request whose first `held_blocks` are here; those on their way count as well."""
-        blocks, read_s = request.blocks, 0.0
-        if self.ssd is not None:
-            held_blocks = min(held_blocks, self.pool.capacity)  # All must come up to DRAM.
-            read_s = self.ssd.ready_s(blocks[:held_blocks], now_s) - now_s
-        if self.promised:
-            while held_blocks < len(blocks) and blocks[held_blocks] in self.promised:
-                held_blocks += 1
-        reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
-        return PrefillView(self.id, self.queue_s(now_s), reused, 0, read_s)
-
-    def accept(self, request: Request, placement: Placement) -> Queued:
-        """Take a place in the queue and hold on to what the pool has of the prefix."""
+    def accept(self, request: Request, placement: Placement) -> None:
+        """Take a place in the queue, hold on to what the pool has of the prefix, fetch the rest."""
         held, read_s = self.hold(request.blocks)
-        promised = self.promised
-        for block in request.blocks[held:]:
-            promised[block] = promised.get(block, 0) + 1
+        self.promise(request.blocks[held:])
         predicted_s = self.cost.occupied_s(request.input_tokens, placement.reused_tokens)
         queued = Queued(request, predicted_s, held, awaited=int(placement.fetch is not None))
         if read_s > self.loop.time():
@@ -104,7 +138,10 @@ class PrefillInstance:
         self.queue.append(queued)
         self.backlog_s += predicted_s
         self.changed.set()
-        return queued
+        if not queued.is_fetching:
+            request.timeline.fetched_s = request.timeline.placed_s
+        if placement.fetch is not None:
+            self.fetch(queued, placement.fetch)
 
     def fetched(self, queued: Queued, blocks: int) -> None:
         """The prefix's first `blocks` have come from another instance: store and keep them."""
@@ -133,16 +170,8 @@ class PrefillInstance:
         self.forget_promises(wanted)
         stored = self.pool.store_pinned(wanted)
         # What found no room is promised still, so that the books stay balanced until the end.
-        for block in wanted[stored:]:
-            self.promised[block] = self.promised.get(block, 0) + 1
+        self.promise(wanted[stored:])
         queued.pinned += stored
-
-    def forget_promises(self, blocks: Sequence[Block]) -> None:
-        promised = self.promised
-        for block in blocks:
-            left = promised.pop(block) - 1
-            if left:
-                promised[block] = left
 
     async def run(self) -> None:
         """Prefill for ever."""
@@ -198,12 +227,12 @@ class PrefillInstance:
             self.loop.call_at(drained_s, self.drained, queued, handover, drained_s)
         return end_s
 
-    def drained(self, queued: Queued, handover: Handover | None, end_s: float) -> None:
+    def drained(self, queued: Queued, handover: Delivery | None, end_s: float) -> None:
         """The last chunk has left the last stage; other prompts are in the stages before."""
         self.draining.remove(queued)
         self.prefilled(queued, handover, end_s)
 
-    def prefilled(self, queued: Queued, handover: Handover | None, end_s: float) -> None:
+    def prefilled(self, queued: Queued, handover: Delivery | None, end_s: float) -> None:
         """All is computed, or as much as was before a cancel: keep it and hand it over."""
         request = queued.request
         if not request.is_cancelled:
@@ -231,6 +260,10 @@ class PrefillInstance:
         self.pool.unpin(blocks[: queued.pinned])
         self.forget_promises(blocks[queued.pinned :])
 
+    def cancel(self, request: Request) -> None:
+        """Nobody waits for it: leave at the next chunk's end (`is_cancelled` is set)."""
+        self.changed.set()
+
     def check_integrity(self) -> None:
         """Idle: nothing promised, nothing pinned, the pool's books balanced."""
         self.pool.check_integrity()
@@ -239,3 +272,14 @@ class PrefillInstance:
         is_idle = not (self.queue or self.running or self.draining)
         assert not (is_idle and self.promised), f"{self.name} promises blocks"
         assert not (is_idle and not self.lending and self.pool.pins), f"{self.name} pins blocks"
+
+
+def only_token(request: Request) -> None:
+    """A request for one token has ended with its prefill: nothing is left to decode."""
+    stamps = request.timeline
+    stamps.transferred_s = stamps.first_token_s = stamps.prefill_end_s
+    stamps.finished_s = stamps.prefill_end_s
+    request.produced_tokens = 1
+    if request.sink is not None:
+        request.sink.tokens(1)
+    request.status = "finished"

@@ -7,34 +7,24 @@ further, for keys that no single placement would copy; it is off unless asked fo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
+from reference_cluster.config import PrefillConfig
 from reference_cluster.kvpool.index import PrefixIndex
-from reference_cluster.messenger import Messenger
 from reference_cluster.policies.replication import hottest
-from reference_cluster.prefill import PrefillInstance
 from reference_cluster.request import Block, Request
+
+# Holder, target, blocks, and who is told how many blocks are there.
+Copy = Callable[[int, int, Sequence[Block], Callable[[int], None]], None]
 
 
 class Replicator:
     """Counts which blocks are asked for, and every `every_s` copies the hottest to all."""
 
-    def __init__(
-        self,
-        prefill: Sequence[PrefillInstance],
-        index: PrefixIndex,
-        messenger: Messenger,
-        keys: int,
-        every_s: float,
-        block_tokens: int,
-    ) -> None:
-        self.prefill = prefill
+    def __init__(self, config: PrefillConfig, index: PrefixIndex, copy: Copy) -> None:
+        self.keys, self.every_s = config.replicate_keys, config.replicate_every_s
         self.index = index
-        self.messenger = messenger
-        self.keys = keys
-        self.every_s = every_s
-        self.block_tokens = block_tokens
+        self.copy = copy
         self.uses: dict[Block, int] = {}
         self.copied_blocks = 0
         self.under_way = 0
@@ -52,36 +42,17 @@ class Replicator:
 
     def copy_hottest(self) -> None:
         hot = hottest(self.uses, self.keys)
-        for target in self.prefill:
+        for target in range(self.index.instances):
             by_holder: dict[int, list[Block]] = {}
             for block in hot:
                 holders = self.index.holders.get(block, 0)
-                if holders and not holders >> target.id & 1:
+                if holders and not holders >> target & 1:
                     holder = (holders & -holders).bit_length() - 1
                     by_holder.setdefault(holder, []).append(block)
             for holder, blocks in by_holder.items():
-                self.copy(self.prefill[holder], target, blocks)
+                self.under_way += 1
+                self.copy(holder, target, blocks, self.copied)
 
-    def copy(self, holder: PrefillInstance, target: PrefillInstance, blocks: list[Block]) -> None:
-        """Move what the holder has in DRAM; what lies on its SSD is not worth reading for this."""
-        here = [block for block in blocks if block in holder.pool]
-        if not here:
-            return
-        holder.pool.pin(here)
-        holder.lending += 1
-        self.under_way += 1
-        tokens = len(here) * self.block_tokens
-        self.messenger.fetch(
-            tokens, holder.id, target.id, partial(self.arrived, holder, target, here)
-        )
-
-    def arrived(
-        self, holder: PrefillInstance, target: PrefillInstance, blocks: list[Block]
-    ) -> None:
-        """Give the holder's blocks free, and keep the copies for as long as they are used."""
-        holder.pool.unpin(blocks)
-        holder.lending -= 1
+    def copied(self, blocks: int) -> None:
         self.under_way -= 1
-        stored = target.pool.store_pinned(blocks)
-        target.pool.unpin(blocks[:stored])
-        self.copied_blocks += stored
+        self.copied_blocks += blocks

@@ -1,8 +1,16 @@
-"""How is the live cluster started? The cluster of `simulate` on the real clock, behind HTTP."""
+"""How is the live cluster started? The cluster of `simulate` on the real clock, behind HTTP.
+
+`[workers] placement` says where its instances are: each in a process of its own, beside one of the
+Conductor (which this module is when run: python -m reference_cluster.serve), or all in one.
+"""
 
 from __future__ import annotations
 
+import argparse
+import logging
+import os
 import socket
+import sys
 from collections.abc import Callable
 from ipaddress import ip_address
 
@@ -12,6 +20,10 @@ from reference_cluster.api import Front
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
 from reference_cluster.errors import ServeError
+from reference_cluster.launch.local import Supervisor
+from reference_cluster.launch.process import die_with_parent, read_cluster
+
+DRAIN_S_MAX = 3  # For what is being served when the server is told to end.
 
 
 def serve(
@@ -29,17 +41,27 @@ def serve(
     """
     if not is_loopback(host) and not token:
         raise ServeError(f"host {host} is open to others; give --token, or use 127.0.0.1")
-    listening = listen(host, port)
+    with listen(host, port) as listening:
+        url = f"http://{host}:{listening.getsockname()[1]}"
+        if config.workers.placement == "processes":
+            supervisor = Supervisor(config, profile, listening, token)
+            supervisor.run(lambda: on_listening(url))
+        else:
+            on_listening(url)
+            run_front(Front(config, profile, token), listening)
+
+
+def run_front(front: Front, listening: socket.socket) -> None:
+    """Answer HTTP in this process until it is told to end."""
     settings = uvicorn.Config(
-        Front(config, profile, token).app(),
+        front.app(),
         # uvloop's clock ticks in milliseconds, too coarse for stamps; asyncio's is exact.
         loop="asyncio",
         http="httptools",
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=DRAIN_S_MAX,
     )
-    on_listening(f"http://{host}:{listening.getsockname()[1]}")
     uvicorn.Server(settings).run(sockets=[listening])
 
 
@@ -67,3 +89,24 @@ def listen(host: str, port: int) -> socket.socket:
         remedy = "stop what listens there or give another --port"
         raise ServeError(f"{host}:{port}: {error.strerror}; {remedy}") from None
     return listening
+
+
+def main() -> None:
+    """The Conductor's process, as the supervisor starts it."""
+    parser = argparse.ArgumentParser(prog="reference_cluster.serve", description=__doc__)
+    parser.add_argument("--directory", required=True, help="where the cluster's processes meet")
+    parser.add_argument("--parent", type=int, required=True, help="the process to die with")
+    parser.add_argument("--listen", type=int, required=True, help="descriptor of a bound socket")
+    parser.add_argument("--tell", type=int, required=True, help="descriptor to say on: ready")
+    asked = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, format="conductor: %(message)s")
+    die_with_parent(asked.parent)
+    config, profile = read_cluster(asked.directory)
+    token = os.environ.get("MOONCAKE_BENCH_TOKEN")
+    front = Front(config, profile, token, asked.directory)
+    front.on_ready = lambda: os.write(asked.tell, b"ready")
+    run_front(front, socket.socket(fileno=asked.listen))
+
+
+if __name__ == "__main__":
+    main()

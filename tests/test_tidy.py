@@ -120,8 +120,10 @@ CLUSTER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("policies",),
     ("engines", "transports", "kvpool", "messenger", "conductor", "samples", "reports"),
     ("prefill", "decode", "colocated", "replicator"),
-    ("cluster",),
-    ("simulate", "api", "openai_protocol", "live_metrics"),
+    ("parts", "messages", "rpc", "membership", "peers"),
+    ("inside", "remote", "workers", "moves"),
+    ("cluster", "launch"),
+    ("simulate", "api", "openai_protocol", "live_metrics", "worker"),
     ("serve",),
 )
 # The drivers and their helpers do not know the other driver.
@@ -176,7 +178,8 @@ WALL_CLOCKS = {
 } | {"time.sleep", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
 # The response's `created` is a date by OpenAI's definition; the others are the live front.
 OWN_CLOCK = tuple(
-    f"reference_cluster/{name}.py" for name in ("openai_protocol", "serve", "api", "live_metrics")
+    f"reference_cluster/{name}.py"
+    for name in ("openai_protocol", "serve", "api", "live_metrics", "launch/local")
 )
 
 

@@ -28,6 +28,10 @@ class PrefixIndex:
             else:
                 del holders[block]
 
+    def cleared(self, instance: int) -> None:
+        """The instance holds nothing any more: it was lost, or sends its contents anew."""
+        self.evicted(instance, [key for key, bits in self.holders.items() if bits >> instance & 1])
+
     def match(self, blocks: Sequence[Block]) -> list[int]:
         """For each instance, how many leading blocks of the chain it holds."""
         depths = [0] * self.instances

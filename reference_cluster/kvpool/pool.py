@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from reference_cluster.config import Eviction
 from reference_cluster.policies.eviction import LengthAware, make_order
 from reference_cluster.request import Block
 
 OnChange = Callable[[Sequence[Block]], None]
+
+
+class PoolUse(Protocol):
+    """How full a pool is: a pool itself, or what its mirror knows of it."""
+
+    @property
+    def used(self) -> int: ...
+
+    capacity: int
 
 
 def ignore(blocks: Sequence[Block]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from reference_cluster.cost_model import CostModel
 from reference_cluster.request import Request
@@ -51,6 +52,17 @@ class Member:
     first_span: int
 
 
+class BatchObserver(Protocol):
+    """Who is told what happens to a batch, to do the same to a mirror of it."""
+
+    def entered(self, request: Request, start_s: float) -> None: ...
+
+    def spanned(self, span: Span) -> None: ...
+
+    def left(self, request: Request) -> None:
+        """Taken out before its end; who has all its tokens leaves with the span."""
+
+
 class DecodeBatch:
     """Requests that decode together; they join and leave only between spans.
 
@@ -65,6 +77,7 @@ class DecodeBatch:
         self.context_tokens = 0  # Tokens whose KV the members hold, at the last span's end.
         self.kv_tokens = 0  # What they may come to hold: reserved.
         self.steps_done = 0
+        self.observer: BatchObserver | None = None
         self.span_start_s: float | None = None  # Set while a span of decode steps is under way.
 
     def context_tokens_at(self, now_s: float, cost: CostModel) -> int:
@@ -102,9 +115,13 @@ class DecodeBatch:
         if stamps.decode_start_s is None:
             # A live loop wakes late: its span may begin, on paper, before the request was here.
             stamps.decode_start_s = max(start_s, stamps.first_token_s or start_s)
+        if self.observer is not None:
+            self.observer.entered(request, start_s)
 
     def apply(self, span: Span) -> list[Request]:
         """Account for a span; returns the requests that have all their tokens now, taken out."""
+        if self.observer is not None:
+            self.observer.spanned(span)
         self.log.append(span)
         self.span_start_s = None
         self.steps_done += span.steps
@@ -116,12 +133,17 @@ class DecodeBatch:
         while self.leaving and self.leaving[0][0] <= self.steps_done:
             member = self.members.get(heapq.heappop(self.leaving)[1])
             if member is not None:
-                self.remove(member.request)
+                self.take_out(member.request)
                 finished.append(member.request)
         return finished
 
     def remove(self, request: Request) -> None:
-        """Leave between spans, finished or not."""
+        """Leave between spans before the end."""
+        if self.observer is not None:
+            self.observer.left(request)
+        self.take_out(request)
+
+    def take_out(self, request: Request) -> None:
         member = self.members.pop(request.id)
         self.listening.pop(request.id, None)
         request.produced_tokens += self.steps_done - member.joined_step

@@ -16,8 +16,18 @@ class Flow(Protocol):
         """Stop; `on_done` is not called any more."""
 
 
-class Transport(Protocol):
-    """Moves bytes between nodes, named by number, over links that all transfers share."""
+class Links(Protocol):
+    """What the Conductor asks about the links between nodes, which are named by number."""
+
+    def available_bytes_per_s(self, source: int) -> float:
+        """What one more transfer from this node could get of its sending link now."""
+
+    def sent_bytes_per_s(self, node: int) -> float:
+        """What the node's sending link carries now."""
+
+
+class Transport(Links, Protocol):
+    """Moves bytes between nodes, over links that all transfers share."""
 
     def start(
         self,
@@ -28,9 +38,3 @@ class Transport(Protocol):
         cap_bytes_per_s: float | None = None,
     ) -> Flow:
         """Begin to move; `cap_bytes_per_s` is how fast the source produces the bytes."""
-
-    def available_bytes_per_s(self, source: int) -> float:
-        """What one more transfer from this node could get of its sending link now."""
-
-    def sent_bytes_per_s(self, node: int) -> float:
-        """What the node's sending link carries now."""

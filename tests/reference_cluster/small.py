@@ -65,6 +65,7 @@ def a_config(**fields: Any) -> ClusterConfig:
         "colocated_instances": 1,
         "block_tokens": BLOCK_TOKENS,
         "slo": {"ttft_s": 1e6, "tbt_s": 1e6},
+        "workers": {"placement": "inside"},
     }
     return msgspec.convert({**small, **fields}, ClusterConfig)
 

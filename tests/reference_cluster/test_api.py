@@ -11,72 +11,35 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from reference_cluster.api import BODY_BYTES_MAX, Front
-from reference_cluster.config import ClusterConfig
-from reference_cluster.cost_model import Profile
 from reference_cluster.engines.modelled import ModelledEngine
 from reference_cluster.errors import ServeError
 from reference_cluster.policies.batching import Chunk
 from reference_cluster.serve import listen, serve
-from tests.reference_cluster.small import a_config, a_profile, held, write_profile
+from tests.reference_cluster.live import FAST, SLOW, live, wait_until
+from tests.reference_cluster.small import a_config, write_profile
 
 REPO = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.live, pytest.mark.timeout(60)]
-FAST = a_profile(
-    prefill={"base_s": 0.002, "token_s": 1e-6}, decode={"base_s": 0.001}, link_bytes_per_s=1e9
-)
-# Nothing ends by itself within a test: prefills last 0.3 s, decodes 20 s.
-SLOW = a_profile(prefill={"base_s": 0.3}, decode={"base_s": 0.02})
+BOTH = ["disaggregated", "colocated"]
+PLACEMENTS = ["inside", "processes"]
 
 
-@contextmanager
-def live(
-    config: ClusterConfig, profile: Profile = FAST, token: str | None = None
-) -> Iterator[tuple[httpx.Client, Front]]:
-    """A server and a client of it. At the end everything must have been given back."""
-    front = Front(config, profile, token)
-    listening = listen("127.0.0.1", 0)
-    settings = uvicorn.Config(front.app(), loop="asyncio", log_level="critical", lifespan="on")
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server")
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        with httpx.Client(base_url=url, timeout=20.0) as client:
-            yield client, front
-            wait_until(lambda: not held(front.cluster))
-            front.cluster.check_integrity()
-    finally:
-        server.should_exit = True
-        thread.join(10.0)
-        listening.close()
-    assert not thread.is_alive()
-
-
-def wait_until(is_so: Any, within_s: float = 10.0) -> None:
-    end_s = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="module", params=["disaggregated", "colocated"])
+@pytest.fixture(scope="module", params=[(one, place) for one in BOTH for place in PLACEMENTS])
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[httpx.Client, Front]]:
-    """One server of each system for all tests that break nothing."""
+    """One server of each system, in one process and in many, for tests that break nothing."""
     memory = {"device_tokens": 10_000}
+    system, placement = request.param
     config = a_config(
-        system=request.param,
+        system=system,
+        workers={"placement": placement},
         prefill_instances=2,
         colocated={"prefix_caching": True, **memory},
         decode=memory,
@@ -371,15 +334,19 @@ def hang_up_after(client: httpx.Client, body: dict[str, Any], until: Sequence[by
             received += connection.recv(65536)
 
 
-@pytest.mark.parametrize("system", ["disaggregated", "colocated"])
+@pytest.mark.parametrize("system", BOTH)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("when", ["in its prefill", "in its decode"])
-def test_a_client_that_leaves_frees_all(system: str, stream: bool, when: str) -> None:
+def test_a_client_that_leaves_frees_all(
+    system: str, placement: str, stream: bool, when: str
+) -> None:
     """The request fails and its blocks are free (`live` checks), long before it would have ended.
 
     A client that wants no stream has nothing to read: it leaves when the cluster decodes.
     """
-    config = a_config(system=system, colocated={"prefix_caching": True})
+    workers = {"placement": placement}
+    config = a_config(system=system, colocated={"prefix_caching": True}, workers=workers)
     with live(config, SLOW) as (client, front):
         body = completion(stream=stream, max_tokens=1000)
         if when == "in its decode" and stream:

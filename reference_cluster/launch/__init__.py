@@ -1,0 +1,1 @@
+"""How the processes of a live cluster are started, and ended."""

@@ -1,0 +1,114 @@
+"""How is one instance built from a config? For a cluster in one process and for a worker alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from reference_cluster.colocated import ColocatedInstance
+from reference_cluster.config import ClusterConfig
+from reference_cluster.cost_model import CostModel, Profile
+from reference_cluster.decode import DecodeInstance
+from reference_cluster.engines.modelled import ModelledEngine
+from reference_cluster.kvpool.pool import BlockPool, OnChange
+from reference_cluster.kvpool.ssd import SsdTier
+from reference_cluster.messenger import Delivery
+from reference_cluster.policies.admission import make_admission
+from reference_cluster.policies.view import Holder
+from reference_cluster.prefill import PrefillInstance, Queued
+from reference_cluster.request import OnEnd, Request
+
+
+class Parts:
+    """The parts of one configured cluster, made one by one."""
+
+    def __init__(
+        self, config: ClusterConfig, profile: Profile, steps_max: int | None = None
+    ) -> None:
+        self.config = config
+        self.profile = profile
+        self.steps_max = steps_max
+        if config.system == "colocated":
+            caching = config.colocated.prefix_caching
+            self.cost = CostModel(profile, is_reuse_on_device=True, is_prefix_caching=caching)
+        else:
+            stages, chunk_tokens = config.prefill.nodes_per_group, config.prefill.chunk_tokens
+            self.cost = CostModel(profile, stages=stages, chunk_tokens=chunk_tokens)
+
+    def engine(self) -> ModelledEngine:
+        return ModelledEngine(self.cost, self.steps_max)
+
+    @property
+    def dram_blocks(self) -> int:
+        """Of one prefill instance's pool: the memory of all nodes of its group."""
+        width = self.config.prefill.nodes_per_group
+        tokens = width * (self.config.prefill.dram_tokens or self.profile.dram_kv_tokens)
+        return tokens // self.config.block_tokens
+
+    @property
+    def capacity_tokens(self) -> int:
+        """KV that one instance's device memory has room for."""
+        config = self.config
+        if config.system == "disaggregated":
+            return config.decode.device_tokens or self.profile.device_kv_tokens
+        tokens = config.colocated.device_tokens or self.profile.device_kv_tokens
+        return tokens // config.block_tokens * config.block_tokens
+
+    def prefill(
+        self,
+        id: int,
+        stored: OnChange,
+        evicted: OnChange,
+        fetch: Callable[[Queued, Holder], None],
+        hand_over: Callable[[Request, float], Delivery | None],
+        on_prefilled: Callable[[Request, Delivery | None], None],
+    ) -> PrefillInstance:
+        pool = BlockPool(self.dram_blocks, stored, evicted, self.config.prefill.eviction)
+        return PrefillInstance(
+            id,
+            self.cost,
+            self.engine(),
+            pool,
+            self.ssd(pool),
+            self.config.block_tokens,
+            self.config.prefill.chunk_tokens,
+            fetch,
+            hand_over,
+            on_prefilled,
+        )
+
+    def ssd(self, pool: BlockPool) -> SsdTier | None:
+        config, width = self.config, self.config.prefill.nodes_per_group
+        blocks = width * config.prefill.ssd_tokens // config.block_tokens
+        if not blocks:
+            return None
+        block_bytes = self.cost.kv_bytes(config.block_tokens)
+        return SsdTier(pool, blocks, block_bytes, width * self.profile.ssd_bytes_per_s)
+
+    def decode(self, id: int, on_end: OnEnd) -> DecodeInstance:
+        config = self.config
+        is_rechecking = make_admission(config.conductor, config.slo, self.cost).is_rechecking
+        tbt_slo_s = config.slo.tbt_s if is_rechecking else None
+        batch_max, capacity = config.decode.batch_max, self.capacity_tokens
+        return DecodeInstance(id, self.cost, self.engine(), capacity, batch_max, tbt_slo_s, on_end)
+
+    def colocated(
+        self,
+        id: int,
+        stored: OnChange,
+        evicted: OnChange,
+        on_end: OnEnd,
+        on_started: Callable[[Request], None] = lambda request: None,
+    ) -> ColocatedInstance:
+        config = self.config
+        blocks = self.capacity_tokens // config.block_tokens
+        pool = BlockPool(blocks, stored, evicted, config.colocated.eviction)
+        return ColocatedInstance(
+            id,
+            self.cost,
+            self.engine(),
+            pool,
+            config.block_tokens,
+            config.colocated,
+            on_end,
+            on_started,
+        )

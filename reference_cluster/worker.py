@@ -1,0 +1,384 @@
+"""What is a worker? The process of one instance: python -m reference_cluster.worker.
+
+It runs the same instance class as the simulator, tells the Conductor what it does, and moves KV
+to and from its peers by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from reference_cluster.colocated import ColocatedInstance
+from reference_cluster.config import ClusterConfig
+from reference_cluster.cost_model import Profile
+from reference_cluster.decode import DecodeInstance
+from reference_cluster.launch.process import die_with_parent, read_cluster
+from reference_cluster.messages import (
+    VERSION,
+    Beat,
+    BlockEvent,
+    Cancel,
+    Check,
+    Checked,
+    Ended,
+    Entered,
+    FirstToken,
+    Hello,
+    Left,
+    Members,
+    Message,
+    Peer,
+    Prefilled,
+    Resend,
+    Serve,
+    Spanned,
+    Started,
+    Who,
+    request_of,
+    stamps_of,
+)
+from reference_cluster.moves import DecodeEnd, PrefillEnd
+from reference_cluster.parts import Parts
+from reference_cluster.peers import Peers
+from reference_cluster.prefill import PrefillInstance
+from reference_cluster.request import Block, Request, Sink
+from reference_cluster.rpc import Line, Office
+from reference_cluster.spans import Span
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """What workers of all roles have in common: the line to the Conductor, peers, heartbeats."""
+
+    def __init__(self, name: str, config: ClusterConfig, profile: Profile, directory: str) -> None:
+        self.name = name
+        self.id = int(name.rsplit("-", 1)[1])
+        self.config = config
+        # One step at a time: a live client gets each token when it exists.
+        self.parts = Parts(config, profile, steps_max=1)
+        self.loop = asyncio.get_running_loop()
+        self.identity = f"{name}.{os.getpid()}".encode()
+        self.address = f"ipc://{directory}/{self.identity.decode()}"
+        self.conductor = Line(f"ipc://{directory}/conductor", self.identity, self.receive)
+        self.office = Office(self.address, self.asked)
+        self.requests: dict[int, Request] = {}
+        self.event_id = 0
+        self.peers: Peers
+        self.instance: Any
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self.peers = Peers(self.identity, group)
+                await self.prepare(group)
+                group.create_task(self.conductor.run(), name="line to the Conductor")
+                group.create_task(self.office.run(), name="office")
+                group.create_task(self.instance.run(), name=self.name)
+                self.say_hello()
+                group.create_task(self.beat(), name="heartbeat")
+        finally:
+            await self.close()
+
+    async def prepare(self, group: asyncio.TaskGroup) -> None:
+        """Make the instance, and what moves its bytes."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        self.peers.close()
+        self.office.close()
+        self.conductor.close()
+
+    # ---- the Conductor -----------------------------------------------------------------------
+
+    def tell(self, message: Message) -> None:
+        self.conductor.tell(message)
+
+    def say_hello(self) -> None:
+        self.tell(Hello(VERSION, self.name, os.getpid(), self.address, self.endpoint))
+        self.send_contents()
+
+    @property
+    def endpoint(self) -> Any:
+        return None
+
+    async def beat(self) -> None:
+        """Tell for ever that we live, and how we are."""
+        while True:
+            self.tell(self.report())
+            await asyncio.sleep(self.config.workers.heartbeat_s)
+
+    def report(self) -> Beat:
+        pool = getattr(self.instance, "pool", None)
+        return Beat(
+            self.loop.time(),
+            len(self.requests),
+            pool.used if pool else 0,
+            pool.reserved + len(pool.pins) if pool else 0,
+            self.instance.engine.lag_s_max,
+            self.counts(),
+        )
+
+    def counts(self) -> dict[str, float]:
+        return {}
+
+    def receive(self, _: bytes, message: Message) -> None:
+        """Something from the Conductor."""
+        match message:
+            case Members():
+                for peer in self.peers.update(message):
+                    self.gone(peer)
+            case Cancel():
+                if message.id in self.requests:
+                    self.cancel(self.requests[message.id])
+            case Who():
+                self.start_anew()
+            case Resend():
+                self.send_contents()
+            case Check():
+                self.tell(Checked(message.ask, self.problem()))
+            case _:
+                self.work(message)
+
+    def start_anew(self) -> None:
+        """A Conductor that does not know us knows none of our requests: nobody waits for them."""
+        for request in list(self.requests.values()):
+            self.cancel(request)
+        self.say_hello()
+
+    def problem(self) -> str:
+        try:
+            self.instance.check_integrity()
+        except AssertionError as error:
+            return str(error)
+        return ""
+
+    def work(self, message: Message) -> None:
+        """What only this role is asked to do."""
+
+    def cancel(self, request: Request) -> None:
+        request.is_cancelled = True
+        request.status = "failed"
+        self.instance.cancel(request)
+        self.requests.pop(request.id, None)
+
+    def gone(self, peer: Peer) -> None:
+        """A peer is no member any more."""
+
+    def asked(self, identity: bytes, message: Message) -> None:
+        """Something from a peer."""
+
+    # ---- the pool's contents -----------------------------------------------------------------
+
+    def stored(self, blocks: Sequence[Block]) -> None:
+        self.tell_event("stored", blocks)
+
+    def removed(self, blocks: Sequence[Block]) -> None:
+        self.tell_event("removed", blocks)
+
+    def tell_event(self, kind: Any, blocks: Sequence[Any]) -> None:
+        self.tell(BlockEvent(self.event_id, self.loop.time(), kind, tuple(blocks)))
+        self.event_id += 1
+
+    def send_contents(self) -> None:
+        pool = getattr(self.instance, "pool", None)
+        if pool is not None:
+            self.tell_event("cleared", ())
+            self.tell_event("stored", [*pool.pins, *pool.idle])
+
+
+class FirstTokenSink(Sink):
+    """Tells the Conductor of a request's first token; of all others the batch tells."""
+
+    def __init__(self, worker: Worker, id: int) -> None:
+        self.worker = worker
+        self.id = id
+
+    def tokens(self, count: int) -> None:
+        request = self.worker.requests[self.id]
+        request.sink = None
+        self.worker.tell(FirstToken(self.id, stamps_of(request)))
+
+
+class BatchReporter:
+    """Tells the Conductor what its mirror of our batch has to do."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def entered(self, request: Request, start_s: float) -> None:
+        self.worker.tell(Entered(request.id, start_s))
+
+    def spanned(self, span: Span) -> None:
+        blocks = getattr(self.worker.instance, "running_blocks", 0)
+        self.worker.tell(
+            Spanned(span.start_s, span.steps, span.first_gap_s, span.growth_s, span.end_s, blocks)
+        )
+
+    def left(self, request: Request) -> None:
+        self.worker.tell(Left(request.id))
+
+
+class PrefillWorker(Worker):
+    """Prefills, lends what its pool holds to its peers, and sends KV to decode workers."""
+
+    instance: PrefillInstance
+
+    async def prepare(self, group: asyncio.TaskGroup) -> None:
+        self.end = PrefillEnd(self, group)
+        self.instance = self.parts.prefill(
+            self.id,
+            self.stored,
+            self.removed,
+            self.end.fetch,
+            self.hand_over,
+            self.prefilled,
+        )
+
+    def work(self, message: Message) -> None:
+        if isinstance(message, Serve):
+            request = request_of(message.work)
+            self.requests[request.id] = request
+            self.instance.accept(request, message.placement)
+        else:
+            self.end.work(message)
+
+    def hand_over(self, request: Request, prefill_s: float) -> Any:
+        """The prefill begins: its KV starts to leave, unless none is needed."""
+        self.tell(Started(request.id, self.instance.running_end_s, stamps_of(request)))
+        if request.output_tokens == 1:
+            return None
+        return self.end.hand_over(request, prefill_s)
+
+    def prefilled(self, request: Request, delivery: Any) -> None:
+        self.tell(Prefilled(request.id, stamps_of(request)))
+        if delivery is None or request.is_cancelled:
+            self.requests.pop(request.id, None)
+        if delivery is not None and request.is_cancelled:
+            delivery.cancel()
+        elif delivery is not None:
+            delivery.prefilled()
+
+    def cancel(self, request: Request) -> None:
+        super().cancel(request)
+        self.end.cancel(request)
+
+    def gone(self, peer: Peer) -> None:
+        self.end.gone(peer)
+
+    def asked(self, identity: bytes, message: Message) -> None:
+        self.end.asked(identity, message)
+
+    def counts(self) -> dict[str, float]:
+        return self.end.counts()
+
+    def problem(self) -> str:
+        return super().problem() or self.end.problem()
+
+
+class DecodeWorker(Worker):
+    """Takes in KV from prefill workers and decodes."""
+
+    instance: DecodeInstance
+
+    async def prepare(self, group: asyncio.TaskGroup) -> None:
+        self.end = DecodeEnd(self, self.arrived)
+        self.instance = self.parts.decode(self.id, self.ended)
+        self.instance.batch.observer = BatchReporter(self)
+
+    def arrived(self, request: Request) -> None:
+        """All its KV is here."""
+        request.sink = FirstTokenSink(self, request.id)
+        request.timeline.transferred_s = self.loop.time()
+        self.instance.join(request)
+
+    def ended(self, request: Request) -> None:
+        """By its last token, as the mirror knows by itself, or refused."""
+        del self.requests[request.id]
+        if request.status == "rejected":
+            self.tell(Ended(request.id, "rejected", request.reason or "unknown"))
+
+    def cancel(self, request: Request) -> None:
+        super().cancel(request)
+        self.end.cancel(request)
+
+    def gone(self, peer: Peer) -> None:
+        self.end.gone(peer)
+
+    def asked(self, identity: bytes, message: Message) -> None:
+        self.end.asked(identity, message)
+
+    def counts(self) -> dict[str, float]:
+        return self.end.counts()
+
+    def problem(self) -> str:
+        return super().problem() or self.end.problem()
+
+
+class ColocatedWorker(Worker):
+    """Does everything alone."""
+
+    instance: ColocatedInstance
+
+    async def prepare(self, group: asyncio.TaskGroup) -> None:
+        self.instance = self.parts.colocated(
+            self.id, self.stored, self.removed, self.ended, self.started
+        )
+        self.instance.batch.observer = BatchReporter(self)
+
+    def work(self, message: Message) -> None:
+        if isinstance(message, Serve):
+            request = request_of(message.work, FirstTokenSink(self, message.work.id))
+            self.requests[request.id] = request
+            self.instance.accept(request, message.placement)
+
+    def started(self, request: Request) -> None:
+        self.tell(Started(request.id, self.instance.running_end_s, stamps_of(request)))
+
+    def ended(self, request: Request) -> None:
+        del self.requests[request.id]
+
+
+ROLES: dict[str, type[Worker]] = {
+    "prefill": PrefillWorker,
+    "decode": DecodeWorker,
+    "colocated": ColocatedWorker,
+}
+
+
+async def work(name: str, directory: str) -> None:
+    """Be a worker until SIGTERM."""
+    config, profile = read_cluster(directory)
+    place = config.instance_names.index(name)
+    if place < len(config.workers.cpus) and config.workers.cpus[place]:
+        os.sched_setaffinity(0, config.workers.cpus[place])
+    main = asyncio.current_task()
+    assert main is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
+    worker = ROLES[name.rsplit("-", 1)[0]](name, config, profile, directory)
+    with contextlib.suppress(asyncio.CancelledError):
+        await worker.run()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="reference_cluster.worker", description=__doc__)
+    parser.add_argument("--name", required=True, help="prefill-0, decode-1, colocated-2, ...")
+    parser.add_argument("--directory", required=True, help="where the cluster's processes meet")
+    parser.add_argument("--parent", type=int, required=True, help="the process to die with")
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, format=f"{asked.name}: %(message)s")
+    die_with_parent(asked.parent)
+    asyncio.run(work(asked.name, asked.directory))
+
+
+if __name__ == "__main__":
+    main()

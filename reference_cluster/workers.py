@@ -1,0 +1,266 @@
+"""Where do a live cluster's workers meet the Conductor? At its office: membership and mirrors.
+
+The counterpart of `inside.py` for instances in processes of their own. The kernel tells at once
+when a worker has ended (a pidfd), heartbeats tell when one hangs; that one is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from reference_cluster.errors import ServeError
+from reference_cluster.kvpool.index import PrefixIndex
+from reference_cluster.membership import Member, Membership
+from reference_cluster.messages import (
+    VERSION,
+    Beat,
+    Check,
+    Checked,
+    Copied,
+    Copy,
+    Hello,
+    Members,
+    Message,
+    Who,
+)
+from reference_cluster.parts import Parts
+from reference_cluster.remote import RemoteColocated, RemoteDecode, RemotePrefill
+from reference_cluster.request import Block, OnEnd, Request
+from reference_cluster.rpc import NoAnswerError, Office, Questions
+
+log = logging.getLogger(__name__)
+CHECK_S_MAX = 5.0
+Mirror = RemotePrefill | RemoteDecode | RemoteColocated
+
+
+def office_address(directory: str) -> str:
+    return f"ipc://{Path(directory) / 'conductor'}"
+
+
+class Links:
+    """What the Conductor takes the workers' links for: their configured speed, shared by nobody."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self.sent: dict[int, float] = {}  # Bytes a second by node, as the workers report.
+
+    def available_bytes_per_s(self, source: int) -> float:
+        return self.bytes_per_s
+
+    def sent_bytes_per_s(self, node: int) -> float:
+        return self.sent.get(node, 0.0)
+
+
+class Workers:
+    """All workers of the cluster, as the Conductor reaches them."""
+
+    def __init__(self, parts: Parts, index: PrefixIndex, on_end: OnEnd, directory: str) -> None:
+        self.parts = parts
+        self.index = index
+        self.on_end = on_end
+        self.config = parts.config.workers
+        self.loop = asyncio.get_running_loop()
+        self.office = Office(office_address(directory), self.receive)
+        self.membership = Membership(parts.config.instance_names)
+        self.mirrors: dict[str, Mirror] = {}
+        self.questions = Questions()
+        link = parts.config.network.link_bytes_per_s or parts.profile.link_bytes_per_s
+        self.transport = Links(link)
+        self.all_here = asyncio.Event()
+        self.exits: dict[str, int] = {}  # A pidfd of each member.
+        self.copies: dict[int, asyncio.Task[None]] = {}
+
+    # ---- making the mirrors ------------------------------------------------------------------
+
+    def prefill(self, id: int) -> RemotePrefill:
+        name = f"prefill-{id}"
+        made = RemotePrefill(id, self.parts, self.index, partial(self.tell, name), self.prefilled)
+        self.mirrors[name] = made
+        return made
+
+    def prefilled(self, request: Request) -> None:
+        """A request for one token is done with its prefill: nobody has to expect it any more."""
+        assert request.decode is not None
+        decode = self.mirrors[request.decode]
+        assert isinstance(decode, RemoteDecode)
+        decode.forget(request)
+        self.on_end(request)
+
+    def decode(self, id: int) -> RemoteDecode:
+        name = f"decode-{id}"
+        self.mirrors[name] = made = RemoteDecode(
+            id, self.parts, partial(self.tell, name), self.on_end
+        )
+        return made
+
+    def colocated(self, id: int) -> RemoteColocated:
+        name = f"colocated-{id}"
+        made = RemoteColocated(id, self.parts, self.index, partial(self.tell, name), self.on_end)
+        self.mirrors[name] = made
+        return made
+
+    # ---- talking with the workers ------------------------------------------------------------
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        group.create_task(self.office.run(), name="office")
+        group.create_task(self.watch(), name="membership")
+
+    async def ready(self) -> None:
+        """Return when every worker has said hello; raises ServeError naming who has not."""
+        try:
+            async with asyncio.timeout(self.config.start_s_max):
+                await self.all_here.wait()
+        except TimeoutError:
+            missing = ", ".join(self.membership.missing)
+            raise ServeError(
+                f"{missing}: no hello in {self.config.start_s_max:g} s; see the worker's own log"
+            ) from None
+
+    def tell(self, name: str, message: Message) -> None:
+        member = self.membership.members[name]
+        if member.state == "member":
+            self.office.post(member.identity, message)
+
+    def receive(self, identity: bytes, message: Message) -> None:
+        if isinstance(message, Hello):
+            self.hello(identity, message)
+            return
+        member = self.membership.by_identity.get(identity)
+        if member is None:
+            if isinstance(message, Beat):  # Of somebody before our time, or taken for dead.
+                self.office.post(identity, Who())
+            return
+        member.seen_s = self.loop.time()
+        if isinstance(message, Beat):
+            self.beat(member, message)
+        if isinstance(message, Checked | Copied):
+            self.questions.answered(message.ask, message)
+        else:
+            self.mirrors[member.name].receive(message)
+
+    def beat(self, member: Member, beat: Beat) -> None:
+        before, member.beat = member.beat, beat
+        mirror = self.mirrors[member.name]
+        if isinstance(mirror, RemotePrefill) and before is not None and beat.at_s > before.at_s:
+            sent = beat.counts.get("sent_bytes", 0.0) - before.counts.get("sent_bytes", 0.0)
+            self.transport.sent[mirror.id] = sent / (beat.at_s - before.at_s)
+
+    # ---- membership --------------------------------------------------------------------------
+
+    def hello(self, identity: bytes, hello: Hello) -> None:
+        """A worker has started, or is known to no Conductor before this one."""
+        if hello.version != VERSION or hello.name not in self.membership.members:
+            log.error("%r, version %d, is no worker of this cluster", hello.name, hello.version)
+            return
+        if self.membership.members[hello.name].state == "member":
+            self.lose(hello.name, "another process took its place")
+        try:
+            descriptor = os.pidfd_open(hello.pid)
+        except ProcessLookupError:
+            return  # It has ended since.
+        self.exits[hello.name] = descriptor
+        self.loop.add_reader(descriptor, self.lose, hello.name, "its process has ended")
+        self.membership.enter(identity, hello, self.loop.time())
+        self.tell_members()
+        if not self.membership.missing:
+            self.all_here.set()
+
+    def lose(self, name: str, reason: str) -> None:
+        """A worker has ended or is taken for dead."""
+        log.warning("%s is lost: %s", name, reason)
+        descriptor = self.exits.pop(name)
+        self.loop.remove_reader(descriptor)
+        os.close(descriptor)
+        self.membership.leave(name, reason)
+        self.tell_members()
+
+    def tell_members(self) -> None:
+        members = Members(self.membership.peers())
+        for identity in self.membership.by_identity:
+            self.office.post(identity, members)
+
+    async def watch(self) -> None:
+        """Kill who has not been heard of for too long; unless it was us who did not listen."""
+        pace_s = self.config.heartbeat_s / 2
+        try:
+            while True:
+                due_s = self.loop.time() + pace_s
+                await asyncio.sleep(pace_s)
+                now_s = self.loop.time()
+                if now_s - due_s > pace_s:
+                    continue
+                for member in self.membership.silent(now_s, self.config.dead_after_s):
+                    self.kill(member)
+        finally:
+            for name in list(self.exits):
+                self.loop.remove_reader(self.exits[name])
+                os.close(self.exits.pop(name))
+            self.office.close()
+
+    def kill(self, member: Member) -> None:
+        """First, so that it can never write to anybody's memory again; then it is lost."""
+        assert member.hello is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member.hello.pid, signal.SIGKILL)
+        self.lose(member.name, f"no sign of life for {self.config.dead_after_s:g} s")
+
+    # ---- what the cluster asks of them -------------------------------------------------------
+
+    def copy(
+        self, holder: int, target: int, blocks: Sequence[Block], done: Callable[[int], None]
+    ) -> None:
+        """Keep the holder's blocks at the target too, as long as they are used; tells how many."""
+        name = f"prefill-{target}"
+        if self.membership.members[name].state != "member":
+            done(0)
+            return
+
+        async def asking() -> None:
+            copied = 0
+            with contextlib.suppress(NoAnswerError):
+                keys: Any = tuple(blocks)
+                answer = await self.questions.ask(
+                    lambda ask: self.tell(name, Copy(ask, f"prefill-{holder}", keys)),
+                    2 * self.parts.config.failure.transfer_deadline_s,
+                    f"{name} copies",
+                )
+                copied = answer.blocks
+            done(copied)
+
+        task = self.loop.create_task(asking(), name=f"copy to {name}")
+        self.copies[id(task)] = task
+        task.add_done_callback(lambda _: self.copies.pop(id(task)))
+
+    async def check(self) -> dict[str, str]:
+        """What every worker's `check_integrity` says: one line each, empty where all is well."""
+        found = {}
+        for name in list(self.mirrors):
+            try:
+                answer = await self.questions.ask(partial(self.check_one, name), CHECK_S_MAX, name)
+                found[name] = answer.problem
+            except NoAnswerError as error:
+                found[name] = str(error)
+        return found
+
+    def check_one(self, name: str, ask: int) -> None:
+        self.tell(name, Check(ask))
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.membership.rows(self.loop.time())
+
+    @property
+    def engine_lag_s(self) -> float:
+        """How late an engine woke at worst, by the last heartbeats."""
+        beats = [one.beat for one in self.membership.members.values() if one.beat]
+        return max((beat.lag_s_max for beat in beats), default=0.0)
+
+    def check_integrity(self, is_idle: bool) -> None:
+        """The workers look after their own books (`check`)."""
