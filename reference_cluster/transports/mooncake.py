@@ -4,8 +4,9 @@ The engine (pip install 'mooncake-bench[mooncake]', apt-get install libibverbs1 
 RDMA or TCP by the devices it finds, whatever protocol it is asked for, and then returns success; so
 it is forced, and looked at afterwards. It listens on every interface and serves without
 credentials. A transfer in it cannot be stopped: one to a peer that hangs ends after the engine's
-own MC_TRANSFER_TIMEOUT (5 s at least), and we wait for that, since till then it may write to our
-memory.
+own MC_TRANSFER_TIMEOUT (5 s at least), and we wait for that. Even so, should the peer go on later,
+the engine still writes what it had asked for into our memory: after a read that was not done in
+time, the one promise of ByteTransport that it breaks, verify what is in these ranges.
 """
 
 from __future__ import annotations

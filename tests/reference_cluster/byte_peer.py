@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from reference_cluster.transports.bytes import ByteTransport, Endpoint, Range, Segment, sweep
+from reference_cluster.transports.capped import CappedTransport
 from reference_cluster.transports.mooncake import MooncakeTransport
 from reference_cluster.transports.shm import ShmTransport
 from reference_cluster.transports.tcp import TcpTransport
@@ -29,9 +30,14 @@ SIZE = 32 << 20
 PREFIX = f"mcb-test{os.getpid()}-"
 
 
+def capped() -> ByteTransport:
+    return CappedTransport(TcpTransport(), 2e9)
+
+
 MAKERS: dict[str, Callable[[], ByteTransport]] = {
     "shm": ShmTransport,
     "tcp": TcpTransport,
+    "tcp, capped": capped,
     "mooncake": MooncakeTransport,
 }
 
