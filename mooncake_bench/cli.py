@@ -1,4 +1,4 @@
-"""What can be typed? simulate | serve | replay | report | demo | reproduce | trace"""
+"""What can be typed? simulate | serve | replay | report | plan | demo | reproduce | trace"""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from mooncake_bench.gate.command import gate_app
 from mooncake_bench.gate.errors import GateError
+from mooncake_bench.plan.command import plan
+from mooncake_bench.plan.errors import PlanError
 from mooncake_bench.records import RecordsError, Run, read_run
 from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.options import ReplayOptions, as_command, options_from
@@ -32,6 +34,7 @@ BAD_INPUT, INVALID_RUN, INTERRUPTED = 2, 3, 130
 EXPECTED = (
     ClusterError,
     GateError,
+    PlanError,
     RecordsError,
     ReplayError,
     ReproduceError,
@@ -324,6 +327,9 @@ def reproduce(
         table.add_row(*one.in_short)
     results.print(table)
     results.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+app.command()(plan)
 
 
 # ---- workloads -------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device_kv_tokens: int  # KV that fits beside the weights in the node's device memory.
     dram_kv_tokens: int  # KV that a node gives to the pool.
     link_bytes_per_s: float  # Of a node's NICs, each direction.
+    # What `error` says, as relative errors to reckon with: of a prefill, of a step in batches.
+    prefill_error: float = 0.0
+    decode_error: float = 0.0
     chunk_factor: float = (
         1.0  # Dearer computing of a prefill chunk that shares a step with decodes.
     )

@@ -16,16 +16,17 @@ from reference_cluster.engines.modelled import wake
 from reference_cluster.request import Request
 from reference_cluster.virtual_time import run_virtual
 
-# Look at the cluster every so many seconds, from 0 s on.
-Watch = tuple[float, Callable[[Cluster], None]]
+# Look at the cluster every so many seconds, from 0 s on; an answer of True ends the run there.
+Watch = tuple[float, Callable[[Cluster], bool | None]]
 
 
 @dataclass(slots=True, repr=False)  # asyncio.Runner's signal check prints its task's result.
 class Simulated:
-    """All requests, ended; `samples` are rows of SAMPLE_COLUMNS."""
+    """All requests, ended unless `is_stopped`; `samples` are rows of SAMPLE_COLUMNS."""
 
     requests: Sequence[Request]
     samples: list[tuple[Any, ...]]
+    is_stopped: bool = False  # By the watch, which had seen enough.
 
 
 async def replay(
@@ -57,14 +58,21 @@ async def replay(
     serving = asyncio.create_task(cluster.run(), name="cluster")
     serving.add_done_callback(lambda _: all_ended.set())  # Nobody waits for a crashed cluster.
     watching = asyncio.create_task(look(cluster, *watch), name="watch") if watch else None
+    if watching is not None:
+        watching.add_done_callback(lambda _: all_ended.set())
     try:
         for request in requests:
             await sleep_until(request.timeline.arrived_s)
+            if all_ended.is_set():
+                break
             cluster.submit(request)
         if left:
             await all_ended.wait()
         if crashes:
             raise crashes[0]
+        if watching is not None and watching.done():
+            watching.result()  # Raises what it crashed with.
+            return Simulated(requests, cluster.samples.rows, is_stopped=True)
         if left:
             await serving  # Raises what it crashed with.
     finally:
@@ -75,10 +83,9 @@ async def replay(
     return Simulated(requests, cluster.samples.rows)
 
 
-async def look(cluster: Cluster, every_s: float, at: Callable[[Cluster], None]) -> None:
-    """Show the cluster to `at` for ever."""
-    while True:
-        at(cluster)
+async def look(cluster: Cluster, every_s: float, at: Callable[[Cluster], bool | None]) -> None:
+    """Show the cluster to `at` until it has seen enough."""
+    while not at(cluster):  # noqa: ASYNC110  # It looks at regular times; nothing could wake it.
         await asyncio.sleep(every_s)
 
 

@@ -69,8 +69,11 @@ MAY_START_A_CLUSTER = (
     "mooncake_bench/simulation.py",
     "mooncake_bench/reproduce",
     "mooncake_bench/gate/scenarios.py",
+    "mooncake_bench/plan",
 )
-MAY_DRAW = tuple(f"mooncake_bench/{name}.py" for name in ("report", "cli", "reproduce/page"))
+MAY_DRAW = tuple(
+    f"mooncake_bench/{name}.py" for name in ("report", "cli", "reproduce/page", "plan/page")
+)
 SEEN_BY_DASHBOARDS = tuple(f"mooncake_bench.{name}" for name in ("metrics", "records", "slo"))
 
 
@@ -102,7 +105,7 @@ HOMES = {
     "vllm": ("reference_cluster/engines/vllm",),
     "pyverbs": ("reference_cluster/transports/rdma.py",),
     "mooncake": ("reference_cluster/transports/mooncake.py",),
-    "ray": ("reference_cluster/launch",),
+    "ray": ("reference_cluster/launch", "mooncake_bench/plan/ray_pool.py"),
 }
 
 

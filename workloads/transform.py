@@ -166,7 +166,7 @@ def sessions(trace: Trace) -> Ints:
         names = trace.frame.select(pl.coalesce("session", numbered)).to_series()
         return first_use_codes(names.to_numpy())
     codes, starts = flat_codes(trace)
-    common = _common_blocks(codes, starts)
+    common = common_blocks(codes, starts)
     # Position of the first block of each row that is not common; the row's end if there is none.
     position = np.arange(len(codes))
     candidates = np.append(np.where(common[codes], len(codes), position), len(codes))
@@ -177,7 +177,7 @@ def sessions(trace: Trace) -> Ints:
     return first_use_codes(name)
 
 
-def _common_blocks(codes: Ints, starts: Ints) -> npt.NDArray[np.bool_]:
+def common_blocks(codes: Ints, starts: Ints) -> npt.NDArray[np.bool_]:
     """Which blocks belong to a population's common system prompt, by block code."""
     unique = int(codes.max()) + 1
     inside = np.ones(len(codes), dtype=bool)

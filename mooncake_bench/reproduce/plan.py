@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from mooncake_bench.digest import digest_of_source
 from mooncake_bench.reproduce.errors import ReproduceError
 from workloads.trace import Trace, open_trace
 from workloads.transform import cap_lengths, jitter
@@ -111,23 +110,7 @@ def sha256_of(path: str) -> str:
 @cache
 def code_digest() -> str:
     """One digest of all source and profiles that a run depends on."""
-    digest = hashlib.sha256()
-    for place in CODE:
-        package, *below = place.split("/")
-        for name, content in files_of(resources.files(package).joinpath(*below)):
-            if name.endswith((".py", ".toml")):
-                digest.update(name.encode() + content)
-    return digest.hexdigest()
-
-
-def files_of(place: Traversable) -> list[tuple[str, bytes]]:
-    """Name and content of a file, or of every file below a directory in order of the names."""
-    if place.is_file():
-        return [(place.name, place.read_bytes())]
-    found: list[tuple[str, bytes]] = []
-    for entry in sorted(place.iterdir(), key=lambda one: one.name):
-        found += files_of(entry)
-    return found
+    return digest_of_source(CODE)
 
 
 def load_workload(workload: Workload, source: str) -> Trace:
