@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from workloads.model import Floats, Ints, Random
@@ -18,32 +19,50 @@ from workloads.model import Floats, Ints, Random
 LEVELS = np.array(
     [0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1]
 )
-# fmt: off
-# Input tokens of a session's first request, and of a later one.
-FIRST_INPUT = (891, 894, 897, 904, 1077, 1668, 3778, 5114, 7112, 10359, 15513, 25373, 37834,
-               65901, 91142, 111632, 126195)
-LATER_INPUT = (892, 1163, 1634, 2102, 3455, 5502, 7507, 9873, 12556, 15780, 20219, 28908, 40992,
-               65839, 79133, 94868, 123194)
-OUTPUT = (1, 3, 10, 24, 100, 213, 291, 350, 399, 447, 504, 597, 698, 892, 1119, 1568, 2000)
-# Seconds between a request and the next of its session.
-GAP_S = (1, 12, 30, 42, 60, 75, 96, 123, 162, 222, 318, 483, 615, 1031, 1477, 1908, 3030)
-# Input tokens by which a request exceeds the one that it continues.
-GROWTH = (0, 0, 20, 64, 192, 313, 395, 471, 553, 684, 1290, 4599, 7339, 11877, 16994, 22493, 60000)
-# Share of the earlier request's blocks that one with an edited or cut history keeps.
-KEPT = (0.01, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.21, 0.29, 0.4, 0.52, 0.83, 0.91, 0.93, 0.96,
-        0.96, 0.99)
-# fmt: on
-SYSTEM_TOKENS = 512
-# Share of continuations whose history was edited or cut (15 % show it; KEPT near 1 does not).
-EDITED_SHARE = 0.18
-# Shorter requests are one-shot calls: 2 % of them are continued, 42 % of the others.
-CONTINUABLE_TOKENS = 1000
-# Documents are pasted early in a session; later turns grow by less.
-LATER_GROWTH_TOKENS = 6000.0
 
-# The next four were fitted, so that session sizes, block reuse and the LRU curve come out right.
-# How many continuations continue a continuation: most sessions are one request, few are long.
-LATER_SHARE = 0.56
+
+class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How one population behaves. Tables are quantiles at LEVELS; tokens and seconds.
+
+    The defaults are those of Mooncake's conversation trace.
+    """
+
+    share: float = 1.0  # Of all requests.
+    system_tokens: int = 512  # Common to all its prompts.
+    reuse: float = 0.45  # Share of requests that continue a session.
+    edited: float = 0.18  # Of those, with an edited or cut history.
+    later: float = 0.56  # Of those, that continue a continuation.
+    # Shorter requests are one-shot calls: 2 % of them are continued, 42 % of the others.
+    continuable_tokens: int = 1000
+    # Documents are pasted early in a session; later turns grow by less.
+    later_growth_tokens: float = 6000.0
+    # fmt: off
+    # Input tokens of a session's first request, and of a later one.
+    first_input: tuple[float, ...] = (
+        891, 894, 897, 904, 1077, 1668, 3778, 5114, 7112, 10359, 15513, 25373, 37834, 65901, 91142,
+        111632, 126195)
+    later_input: tuple[float, ...] = (
+        892, 1163, 1634, 2102, 3455, 5502, 7507, 9873, 12556, 15780, 20219, 28908, 40992, 65839,
+        79133, 94868, 123194)
+    output: tuple[float, ...] = (
+        1, 3, 10, 24, 100, 213, 291, 350, 399, 447, 504, 597, 698, 892, 1119, 1568, 2000)
+    # Seconds between a request and the next of its session.
+    gap_s: tuple[float, ...] = (
+        1, 12, 30, 42, 60, 75, 96, 123, 162, 222, 318, 483, 615, 1031, 1477, 1908, 3030)
+    # Input tokens by which a request exceeds the one that it continues.
+    growth: tuple[float, ...] = (
+        0, 0, 20, 64, 192, 313, 395, 471, 553, 684, 1290, 4599, 7339, 11877, 16994, 22493, 60000)
+    # Share of the earlier request's blocks that one with an edited or cut history keeps (15 % of
+    # continuations show it; a share near 1 does not).
+    kept: tuple[float, ...] = (
+        0.01, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.21, 0.29, 0.4, 0.52, 0.83, 0.91, 0.93, 0.96,
+        0.96, 0.99)
+    # fmt: on
+
+
+CONVERSATION = Shape()
+
+# The next three were fitted, so that session sizes, block reuse and the LRU curve come out right.
 # How much each earlier turn makes a session likelier to go on (in units of a log length ratio).
 DEPTH_BONUS = 0.05
 # Matching finds parents a little too long (short ones are one-shots); this takes it back.
@@ -78,18 +97,19 @@ class Conversations:
     reuse: float
     length_scale: float = 1.0
     output_scale: float = 1.0
+    shape: Shape = CONVERSATION
     next_id: int = 0
     system: list[int] = field(default_factory=list)
 
     def run(self, arrival_s: Floats) -> list[Turn]:
         """One turn per arrival (seconds, sorted), with ids of its own numbering from next_id."""
         n = len(arrival_s)
-        self.system = self.fresh(SYSTEM_TOKENS // self.block_tokens)
-        first = self._lengths(FIRST_INPUT, n)
-        later = self._lengths(LATER_INPUT, n)
-        output = stratified(self.random, OUTPUT, n) * self.output_scale
-        growth = at(GROWTH, self.random.random(n))
-        gap_s = at(GAP_S, self.random.random(n))
+        self.system = self.fresh(self.shape.system_tokens // self.block_tokens)
+        first = self._lengths(self.shape.first_input, n)
+        later = self._lengths(self.shape.later_input, n)
+        output = stratified(self.random, self.shape.output, n) * self.output_scale
+        growth = at(self.shape.growth, self.random.random(n))
+        gap_s = at(self.shape.gap_s, self.random.random(n))
         is_later = self.random.random(n) < self.reuse
         times: list[float] = arrival_s.tolist()
         turns: list[Turn] = []
@@ -121,11 +141,11 @@ class Conversations:
         low = min(bisect_left(times, then_s - reach_s), middle - 3)
         high = max(bisect_left(times, then_s + reach_s), middle + 3)
         low, high = max(low, middle - REACH, 0), min(high, middle + REACH, len(turns))
-        length = max(length * MATCH, CONTINUABLE_TOKENS)
-        wants_later = self.random.random() < LATER_SHARE
+        length = max(length * MATCH, self.shape.continuable_tokens)
+        wants_later = self.random.random() < self.shape.later
         best, best_cost = None, 3.0
         for turn in turns[low:high]:
-            if turn.is_continued or turn.input_tokens < CONTINUABLE_TOKENS:
+            if turn.is_continued or turn.input_tokens < self.shape.continuable_tokens:
                 continue
             cost = abs(math.log(turn.input_tokens / length))
             # The kind of parent outweighs the fit, and long sessions tend to grow longer.
@@ -144,16 +164,16 @@ class Conversations:
         parent.is_continued = True
         depth = parent.depth + 1
         whole = parent.input_tokens // self.block_tokens
-        if self.random.random() < EDITED_SHARE:
-            kept = max(len(self.system), int(whole * at(KEPT, self.random.random())))
+        if self.random.random() < self.shape.edited:
+            kept = max(len(self.system), int(whole * at(self.shape.kept, self.random.random())))
             cut = max(round(length), kept * self.block_tokens + 1)
             return self.turn(parent.ids[:kept], cut, output, depth)
         if round(growth) == 0:  # asked again: the very same prompt
             return Turn(parent.input_tokens, output, parent.ids, depth)
         if parent.depth:  # pasted documents come early in a session
-            growth = min(growth, LATER_GROWTH_TOKENS)
+            growth = min(growth, self.shape.later_growth_tokens)
         grown = parent.input_tokens + round(growth)
-        grown = min(grown, max(int(LATER_INPUT[-1]), parent.input_tokens))
+        grown = min(grown, max(int(self.shape.later_input[-1]), parent.input_tokens))
         return self.turn(parent.ids[:whole], grown, output, depth)
 
     def turn(self, prefix: list[int], length: int, output: int, depth: int = 0) -> Turn:

@@ -87,7 +87,7 @@ def row(one: GrowthPlan, currency: str) -> list[str]:
         choice.title,
         str(choice.nodes),
         percent(held.value),
-        f"{percent(held.low)} to {percent(held.high)}",
+        f"{100 * held.low:.1f} to {100 * held.high:.1f} %",
         NOTHING if room is None else f"{room:+.0%}",
         f"{choice.price_per_hour:,.0f} {currency}",
     ]

@@ -118,6 +118,11 @@ def rate(value: float) -> str:
     return f"{value:.3g}"
 
 
+def share(value: float) -> str:
+    """With a digit more than people say: intervals are narrow."""
+    return f"{100 * value:.1f} %"
+
+
 # ---- numbers ---------------------------------------------------------------------------------
 
 
@@ -139,7 +144,7 @@ def numbers(report: PlanReport) -> str:
         ("nodes, GPUs", chosen(lambda one: f"{one.nodes}, {one.gpus}")),
         (f"price ({currency} an hour)", chosen(lambda one: f"{one.price_per_hour:,.4g}")),
         None,
-        ("within SLO, all seeds", chosen(lambda one: spread(one.attainment, percent))),
+        ("within SLO, all seeds", chosen(lambda one: spread(one.attainment, share))),
         ("the other seeds", chosen(seeds)),
         ("target met in the bootstrap", chosen(lambda one: percent(one.confidence))),
         ("TTFT p90, p99", chosen(lambda one: times(one.outcome.ttft_s))),
@@ -171,7 +176,7 @@ def seeds(choice: Choice) -> str:
     if not choice.verified:
         return NOTHING
     shares = [share for _, share in choice.verified]
-    return f"{len(shares)}: {percent(min(shares))} to {percent(max(shares))}"
+    return f"{len(shares)}: {share(min(shares))} to {share(max(shares))}"
 
 
 def times(values: dict[str, float | None]) -> str:
@@ -185,7 +190,7 @@ def error_rows(plans: Sequence[GrowthPlan]) -> list[tuple[str, list[str]] | None
     def within(one: GrowthPlan) -> str:
         error = one.with_error
         assert error is not None
-        return f"{percent(error.attainment_low)} to {percent(error.attainment_high)}"
+        return f"{share(error.attainment_low)} to {share(error.attainment_high)}"
 
     def capacity(one: GrowthPlan) -> str:
         error = one.with_error
@@ -207,7 +212,7 @@ def error_rows(plans: Sequence[GrowthPlan]) -> list[tuple[str, list[str]] | None
 
 def baseline_rows(plans: Sequence[GrowthPlan], currency: str) -> list[tuple[str, list[str]] | None]:
     def of(one: Choice | None) -> str:
-        return NOTHING if one is None else f"{one.title}: {money(one, currency)}"
+        return NOTHING if one is None else f"{one.candidate.split}: {money(one, currency)}"
 
     def cheapest(one: GrowthPlan) -> str:
         if one.colocated is None and one.choice is not None:
@@ -222,7 +227,10 @@ def baseline_rows(plans: Sequence[GrowthPlan], currency: str) -> list[tuple[str,
     return [
         ("cheapest disaggregated", [of(one.disaggregated) for one in plans]),
         ("cheapest colocated", [cheapest(one) for one in plans]),
-        ("colocated on the plan's nodes", [kept(one.colocated_same_nodes) for one in plans]),
+        (
+            "colocated on as many nodes: within SLO",
+            [kept(one.colocated_same_nodes) for one in plans],
+        ),
     ]
 
 
@@ -378,23 +386,21 @@ def overload(report: PlanReport, found: Details) -> str:
 
 
 def settings(report: PlanReport) -> str:
-    """Every setting that was tried on a cheaper cluster."""
+    """What each other setting came to: the smallest cluster that it made hold, or the best miss."""
     rows: list[tuple[str, list[str]] | None] = []
     for one in report.growths:
         rows.append(None)
+        for (name, value), group in groupby(
+            one.tried, key=lambda tried: (tried.setting, tried.value)
+        ):
+            attempts = list(group)
+            taken = [tried for tried in attempts if tried.is_adopted]
+            best = taken[-1] if taken else max(attempts, key=lambda tried: tried.attainment)
+            kept = ("under " if best.is_upper_bound else "") + percent(best.attainment)
+            setting = f"{one.growth:g}x: {name.rpartition('.')[2]} {value}"
+            rows.append((setting, [best.split, kept, "taken" if taken else "saves no node"]))
         rows += [
-            (
-                f"{one.growth:g}x: {tried.setting.rpartition('.')[2]} {tried.value}",
-                [
-                    tried.split,
-                    ("under " if tried.is_upper_bound else "") + percent(tried.attainment),
-                    "taken" if tried.is_adopted else "",
-                ],
-            )
-            for tried in one.tried
-        ]
-        rows += [
-            (f"{one.growth:g}x: dropped over the other seeds", [*said.split(": "), ""])
+            (f"{one.growth:g}x: held for one seed only", [*said.split(": "), "dropped"])
             for said in one.dropped
         ]
     if not any(rows):
@@ -410,11 +416,16 @@ def method(report: PlanReport) -> str:
         "speed": "the same requests in less time (think times and reuse distances shrink too)",
         "users": "as many times the users, in the same time",
     }[spec.growth_by]
+    baselines = [one.colocated or one.colocated_same_nodes for one in report.growths]
+    titles = dict.fromkeys(", ".join(one.title.split(", ")[1:]) for one in baselines if one)
+    ways = ", ".join(spec.search.colocated_batching)
+    baseline = f"the best of {ways}: {'; '.join(titles) or 'none'}"
     facts: list[tuple[str, Sequence[str]] | None] = [
         ("traffic", [f"{trace['name']}, {trace['requests']:,} requests over "
                      f"{trace['duration_s']:,.0f} s, sha256 {trace['sha256']}"]),
         ("transforms", ["; ".join(trace["transforms"]) or "none"]),
         ("growth means", [growth]),
+        ("colocated baseline", [baseline]),
         ("profiles", ["; ".join(
             f"{one['name']} ({one['model']} on {one['node']}, {one['gpus_per_node']} GPUs at "
             f"{one['price_per_gpu_hour']:g} {spec.currency} an hour): {one['source']}"
