@@ -1,4 +1,4 @@
-"""What can be typed? simulate | serve | replay | report | plan | demo | reproduce | trace"""
+"""What can be typed? simulate | serve | replay | report | compare | gate | plan | demo | ..."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mooncake_bench.gate.command import gate_app
+from mooncake_bench.gate.compare import compare
 from mooncake_bench.gate.errors import GateError
 from mooncake_bench.plan.command import plan
 from mooncake_bench.plan.errors import PlanError
@@ -268,6 +269,7 @@ def search_capacity(trace: Trace, options: ReplayOptions) -> None:
 
 
 app.command(name="replay")(as_command(replay))
+app.command()(compare)
 
 
 @app.command()

@@ -14,6 +14,9 @@ from mooncake_bench.gate.scenarios import Outcome
 from mooncake_bench.gate.verdict import Finding, direction
 from mooncake_bench.gate.verdict import Outcome as Judged
 
+HEADLINES = ("ttft_s.mean", "ttft_s.p90", "tbt_s.p90", "rejected", "attainment", "goodput_rps")
+"""Numbers that are shown though they have not changed."""
+
 
 def recorded(before: Mapping[str, Outcome], after: Outcome) -> Outcome:
     """What was recorded of a scenario. Raises GateError where nothing was, Invalid where it is
@@ -38,17 +41,20 @@ def judge_exactly(
     """Findings on all decisions together, on each number that changed, and on every term."""
     changes: Judged = "breached" if policy.exact.changes == "breach" else "observed"
     findings = [judge_decisions(before.decisions, after.decisions, changes, scenario)]
-    terms = {check.metric: check for check in policy.checks if not check.is_threshold}
+    # The usual metrics' floors are for noise, of which there is none here.
+    checks = () if policy.is_usual else policy.checks
+    terms = {check.metric: check for check in checks if not check.is_threshold}
     for name in dict.fromkeys([*before.numbers, *after.numbers]):
         old, new = before.numbers.get(name), after.numbers.get(name)
-        if is_same(old, new, policy.exact.tolerance):
-            continue
         outcome, rule = changes, "unchanged"
-        if (check := terms.get(name)) is not None:
+        if is_same(old, new, policy.exact.tolerance):
+            outcome = "pass"
+        elif (check := terms.get(name)) is not None:
             outcome, rule = judge_change(check, old, new), check.rule
-        findings.append(_finding(scenario, name, rule, outcome, old, new))
-    checked = [check for check in policy.checks if check.is_threshold]
-    return findings + [judge_term(check, before, after, scenario) for check in checked]
+        if outcome != "pass" or name in HEADLINES:
+            findings.append(_finding(scenario, name, rule, outcome, old, new))
+    thresholds = [check for check in checks if check.is_threshold]
+    return findings + [judge_term(check, before, after, scenario) for check in thresholds]
 
 
 def judge_change(check: Check, old: float | None, new: float | None) -> Judged:
@@ -131,7 +137,7 @@ def _finding(
         metric=metric,
         rule=rule,
         outcome=outcome,
-        why="changed" if rule == "unchanged" else rule,
+        why="as it was" if outcome == "pass" else "changed" if rule == "unchanged" else rule,
         better=better or direction(metric),  # type: ignore[arg-type]  # one of Better
         baseline=old,
         candidate=new,

@@ -126,11 +126,12 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """A policy ready for use: every term as a Check."""
+    """A policy ready for use: every term as a Check. `is_usual`: nobody has chosen them."""
 
     runs: Runs
     exact: Exact
     checks: tuple[Check, ...]
+    is_usual: bool = False
 
     def of(self, role: Role) -> list[Check]:
         return [check for check in self.checks if check.role == role]
@@ -159,14 +160,15 @@ def read_policy(path: Path | None) -> Policy:
 def make_policy(file: PolicyFile, place: str) -> Policy:
     """Every metric and threshold as a Check; a file with none has the default metrics."""
     usual = file.runs.estimator
-    metrics = file.metric if file.metric or file.threshold else DEFAULT.metric
+    is_usual = file is DEFAULT or not (file.metric or file.threshold)
+    metrics = DEFAULT.metric if is_usual else file.metric
     checks = [of_metric(one, one.estimator or usual, place) for one in metrics]
     checks += [of_threshold(one, one.estimator or usual, place) for one in file.threshold]
     rules = [check.rule for check in checks]
     twice = next((rule for rule in rules if rules.count(rule) > 1), None)
     if twice is not None:
         raise GateError(f"{place}: {twice!r} is there twice; keep one")
-    return Policy(file.runs, file.exact, tuple(checks))
+    return Policy(file.runs, file.exact, tuple(checks), is_usual)
 
 
 def of_metric(metric: Metric, estimator: Estimator, place: str) -> Check:

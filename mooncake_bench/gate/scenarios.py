@@ -20,7 +20,7 @@ from mooncake_bench import metrics
 from mooncake_bench.gate.errors import GateError
 from mooncake_bench.gate.evidence import DECISIONS, Evidence, leaves
 from mooncake_bench.gate.toml import read_toml
-from mooncake_bench.records import conform
+from mooncake_bench.records import REQUESTS, conform
 from mooncake_bench.simulation import simulated_run
 from reference_cluster.config import load_config
 from reference_cluster.cost_model import load_profile
@@ -59,7 +59,8 @@ class Outcome(msgspec.Struct, frozen=True):
 
     @property
     def evidence(self) -> Evidence:
-        frame = pl.DataFrame(self.decisions, schema=list(DECISIONS), orient="row")
+        schema = {name: REQUESTS[name] for name in DECISIONS}
+        frame = pl.DataFrame(self.decisions, schema=schema, orient="row")
         return Evidence(self.scenario.name, self.numbers, frame)
 
 
