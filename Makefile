@@ -9,13 +9,17 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check gate gate-record virtual-time bench clean
+.PHONY: demo test check test-rdma gate gate-record virtual-time bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mooncake-bench demo --out build/demo
 
 test: check gate
 	$(BIN)/python -m pytest
+
+# RDMA between processes, on this host's device or in a guest that has a soft one.
+test-rdma: $(VENV)/.tested
+	tests/rdma/run $(BIN)/python
 
 # Did any decision of the cluster change? On purpose: make gate-record, and commit it with the reason.
 gate: $(VENV)/.tested

@@ -20,9 +20,11 @@ from typing import Any
 
 import msgspec
 
+from reference_cluster.errors import ConfigError
 from reference_cluster.transports.bytes import ByteTransport, Endpoint, Range, Segment, sweep
 from reference_cluster.transports.capped import CappedTransport
 from reference_cluster.transports.mooncake import MooncakeTransport
+from reference_cluster.transports.rdma.devices import usable_devices
 from reference_cluster.transports.shm import ShmTransport
 from reference_cluster.transports.tcp import TcpTransport
 
@@ -34,16 +36,31 @@ def capped() -> ByteTransport:
     return CappedTransport(TcpTransport(), 2e9)
 
 
+def rdma_transport() -> ByteTransport:
+    # Imported where it is used: it cannot be where pyverbs is missing.
+    from reference_cluster.transports.rdma.transport import RdmaTransport
+
+    return RdmaTransport()
+
+
 MAKERS: dict[str, Callable[[], ByteTransport]] = {
     "shm": ShmTransport,
     "tcp": TcpTransport,
     "tcp, capped": capped,
     "mooncake": MooncakeTransport,
+    "rdma": rdma_transport,
 }
 
 
 def why_not(kind: str) -> str | None:
     """The reason why a transport cannot be tested on this machine."""
+    if kind == "rdma" and not usable_devices():
+        return "no RDMA device; `make test-rdma` brings one"
+    if kind == "rdma":
+        try:
+            import reference_cluster.transports.rdma.verbs  # noqa: F401  # only whether it can be
+        except ConfigError as error:
+            return str(error)
     needs = {"mooncake": "mooncake"}.get(kind)
     if needs is not None and importlib.util.find_spec(needs) is None:
         return f"{needs} is not installed"

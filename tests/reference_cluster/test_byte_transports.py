@@ -29,10 +29,14 @@ KIB, MIB = 1 << 10, 1 << 20
 WHOLE = [Range(0, SIZE)]
 NO_KEYS = ("mooncake",)  # Its engine serves whoever knows an address.
 WRITES_LATE = ("mooncake",)  # Its engine goes on with a read that it gave up.
-NO_HELP_NEEDED = ("shm",)  # A stopped or killed owner's memory is still there.
+NO_HELP_NEEDED = ("shm", "rdma")  # A stopped owner's memory is there for who is connected.
+NO_CONNECTION = ("shm",)
 
 
-@pytest.fixture(params=[*MAKERS])
+MARKS = {"rdma": pytest.mark.rdma}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name in MAKERS])
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     reason = why_not(name)
@@ -339,7 +343,7 @@ def test_forgetting_a_peer_ends_what_is_under_way(kind: str) -> None:
 
 def test_a_transport_that_was_closed_serves_nobody(kind: str) -> None:
     """close() is the end of the segment's being reached, also for who was connected."""
-    if kind in NO_HELP_NEEDED:
+    if kind in NO_CONNECTION:
         pytest.skip("the segment's owner closes that")
 
     async def main() -> None:

@@ -1,0 +1,1 @@
+"""Moves bytes by RDMA verbs: `transport.py` is the front, `verbs.py` alone knows pyverbs."""

@@ -1,0 +1,317 @@
+"""Does RDMA do what it alone promises: paths over devices, failover, refusals by the device?
+
+What every byte transport promises is in test_byte_transports.py. A device to set down is named by
+RDMA_SPARE (DEVICE:NETWORK DEVICE), which the guest of `make test-rdma` has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import msgspec
+import numpy as np
+import pytest
+
+from reference_cluster.transports.bytes import Endpoint, Range, Segment, TransportError
+from reference_cluster.transports.rdma import control
+from reference_cluster.transports.rdma.devices import SYSFS, usable_devices
+from tests.reference_cluster.byte_peer import (
+    PREFIX,
+    SIZE,
+    Own,
+    Peer,
+    crc,
+    fill,
+    other_process,
+    why_not,
+)
+
+if (reason := why_not("rdma")) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+# These need pyverbs, which `make test-rdma` brings.
+from reference_cluster.transports.rdma.link import paths_between
+from reference_cluster.transports.rdma.transport import RdmaTransport
+from reference_cluster.transports.rdma.verbs import event_descriptors
+
+pytestmark = pytest.mark.rdma
+MIB = 1 << 20
+WHOLE = [Range(0, SIZE)]
+SPARE, _, NETWORK = os.environ.get("RDMA_SPARE", "").partition(":")
+STEADY = [device.name for device in usable_devices() if device.name != SPARE]
+needs_spare = pytest.mark.skipif(not SPARE, reason="no device to set down (RDMA_SPARE)")
+
+
+@contextlib.asynccontextmanager
+async def over(
+    *preferred: str, secondary: tuple[str, ...] = (), size: int = SIZE
+) -> AsyncIterator[Own]:
+    """This process's side over these devices."""
+    memory = Segment.create(size, PREFIX)
+    transport = RdmaTransport(preferred=preferred, secondary=secondary)
+    try:
+        yield Own(transport, memory, await transport.start(memory))
+    finally:
+        await transport.close()
+        memory.close()
+
+
+def run_with_peer(script: Callable[[Peer], Awaitable[None]], size: int = SIZE) -> None:
+    with other_process("rdma", size) as peer:
+        asyncio.run(asyncio.wait_for(script(peer), 240))
+
+
+def sent_packets(device: str) -> int:
+    return int((SYSFS / f"class/infiniband/{device}/ports/1/hw_counters/sent_pkts").read_text())
+
+
+def set_link(state: str) -> None:
+    subprocess.run(["ip", "link", "set", NETWORK, state], check=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10.0):
+        while not condition():  # noqa: ASYNC110  # counters announce nothing
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def link_restored() -> Iterator[None]:
+    yield
+    set_link("up")
+    asyncio.run(until(lambda: SPARE in [device.name for device in usable_devices()]))
+
+
+def test_a_gib_goes_over_in_slices() -> None:
+    """Each round other bytes, written, checked there, and read back to another place.
+
+    RDMA_MIB: how much in all, where 1024 would take too long.
+    """
+    half = 64 * MIB
+    rounds = max(1, int(os.environ.get("RDMA_MIB", "1024")) * MIB // (2 * half))
+
+    async def script(peer: Peer) -> None:
+        upper, lower = [Range(0, half)], [Range(half, half)]
+        async with over(size=2 * half) as own:
+            memory = np.frombuffer(own.memory.buffer, np.uint32)
+            for number in range(rounds):
+                memory[: half // 4] = np.arange(half // 4, dtype=np.uint32) + number
+                memory[half // 4 :] = 0
+                await own.transport.write(peer.endpoint, upper, lower, 120.0)
+                assert crc(peer.memory, *lower) == crc(own.memory, *upper)
+                await own.transport.read(peer.endpoint, lower, lower, 120.0)
+                assert crc(own.memory, *lower) == crc(own.memory, *upper)
+            del memory
+
+    run_with_peer(script, 2 * half)
+
+
+def test_a_wrong_rkey_is_called_so() -> None:
+    """The peer's device refuses it; with the right one all goes on."""
+
+    async def script(peer: Peer) -> None:
+        async with over() as own:
+            assert isinstance(own.transport, RdmaTransport)
+            await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
+            before = crc(peer.memory)
+            fill(own.memory, 3)
+            for path in own.transport.links[peer.endpoint].paths:
+                path.port = msgspec.structs.replace(path.port, rkey=path.port.rkey ^ 0x5555)
+            for move in (own.transport.write, own.transport.read):
+                with pytest.raises(TransportError, match="wrong key") as caught:
+                    await move(peer.endpoint, [Range(0, 8)], [Range(0, 8)], 10.0)
+                assert not caught.value.peer_is_gone
+            assert crc(peer.memory) == before
+            own.transport.forget(peer.endpoint)
+            await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
+            assert crc(peer.memory) == crc(own.memory)
+
+    run_with_peer(script)
+
+
+@needs_spare
+def test_preferred_devices_share_the_load() -> None:
+    """Half of 32 MiB is about 4,096 packets of 4 KiB on either."""
+
+    async def script(peer: Peer) -> None:
+        devices = [*STEADY, SPARE]
+        async with over(*devices) as own:
+            before = [sent_packets(device) for device in devices]
+            await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
+            after = [sent_packets(device) for device in devices]
+        for first, last in zip(before, after, strict=True):
+            assert last - first > 1000
+
+    run_with_peer(script)
+
+
+@needs_spare
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_a_failed_device_s_slices_go_by_the_other(link_restored: None, what: str) -> None:
+    """The preferred device goes down under a transfer; the secondary one does what is left."""
+
+    async def script(peer: Peer) -> None:
+        async with over(SPARE, secondary=(STEADY[0],)) as own:
+            move = own.transport.read if what == "read" else own.transport.write
+            fill(own.memory, 8)
+            before = sent_packets(SPARE)
+            task = asyncio.create_task(move(peer.endpoint, WHOLE * 4, WHOLE * 4, 30.0))
+            await until(lambda: sent_packets(SPARE) >= before + 100)
+            idle = sent_packets(STEADY[0])
+            await asyncio.to_thread(set_link, "down")
+            assert not task.done()
+            await task
+            assert crc(own.memory) == crc(peer.memory)
+            assert sent_packets(STEADY[0]) > idle
+
+    run_with_peer(script)
+
+
+@needs_spare
+def test_a_failed_queue_pair_is_replaced_by_a_new_one(link_restored: None) -> None:
+    """A device that was down for a moment has broken its queue pairs, and can make others."""
+
+    async def script(peer: Peer) -> None:
+        async with over(SPARE) as own:
+            await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
+            await asyncio.to_thread(set_link, "down")
+            await asyncio.to_thread(set_link, "up")
+            fill(own.memory, 5)
+            await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
+            assert crc(own.memory) == crc(peer.memory)
+
+    run_with_peer(script)
+
+
+@needs_spare
+def test_without_a_path_the_error_names_them(link_restored: None) -> None:
+    """The peer lives, so it is not called gone, long before the deadline."""
+
+    async def script(peer: Peer) -> None:
+        async with over(SPARE) as own:
+            await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
+            await asyncio.to_thread(set_link, "down")
+            with pytest.raises(TransportError, match=f"no path is left.*{SPARE}-") as caught:
+                await own.transport.read(peer.endpoint, WHOLE, WHOLE, 60.0)
+            assert not caught.value.peer_is_gone
+            assert "\n" not in str(caught.value)
+
+    run_with_peer(script)
+
+
+def test_a_deadline_in_mid_transfer_is_kept() -> None:
+    """The batch is given up, our memory is left alone, and the next one goes as ever."""
+
+    async def script(peer: Peer) -> None:
+        async with over() as own:
+            await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
+            begin_s = asyncio.get_running_loop().time()
+            with pytest.raises(TransportError, match="not done within") as caught:
+                await own.transport.read(peer.endpoint, WHOLE * 100, WHOLE * 100, 0.05)
+            assert not caught.value.peer_is_gone
+            assert asyncio.get_running_loop().time() - begin_s < 5.0
+            fill(own.memory, 4)
+            before = crc(own.memory)
+            await asyncio.sleep(0.05)
+            assert crc(own.memory) == before
+            await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
+            assert crc(peer.memory) == before
+
+    run_with_peer(script)
+
+
+def test_a_peer_that_never_answers_costs_the_deadline() -> None:
+    """Stopped before we met: the connection stands, but nobody lets us in."""
+
+    async def script(peer: Peer) -> None:
+        async with over() as own:
+            peer.pause()
+            with pytest.raises(TransportError, match="not done within"):
+                await own.transport.read(peer.endpoint, WHOLE, WHOLE, 0.3)
+            peer.go_on()
+            await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
+            assert crc(own.memory) == crc(peer.memory)
+
+    run_with_peer(script)
+
+
+async def spoken(peer: Endpoint, *words: bytes) -> bytes:
+    """All that the peer's door says to these words."""
+    host, _, port = peer.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.writelines(words)
+    answer = await reader.read()
+    writer.close()
+    return answer
+
+
+def test_strangers_are_told_why_and_shown_out() -> None:
+    """Another protocol or version, a message without end: refused; the door stays open."""
+    other = msgspec.msgpack.encode(control.Hello(control.VERSION + 1, b"k"))
+    early = msgspec.msgpack.encode(control.Unpair(1))
+
+    async def script(peer: Peer) -> None:
+        for words, reason in (
+            (b"GET / HTTP/1.1\r\n\r\n", b"a Hello comes first"),
+            (b"\x7f\xff\xff\xff", b"a Hello comes first"),
+            (len(early).to_bytes(4) + early, b"a Hello comes first"),
+            (len(other).to_bytes(4) + other, b"is not ours"),
+        ):
+            assert reason in await spoken(peer.endpoint, words)
+        async with over() as own:
+            await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
+            assert crc(own.memory) == crc(peer.memory)
+
+    run_with_peer(script)
+
+
+def queue_pairs() -> int:
+    shown = subprocess.run(["rdma", "-j", "resource"], check=True, capture_output=True).stdout
+    return sum(device["qp"] for device in json.loads(shown))
+
+
+@needs_spare
+def test_nothing_is_left_behind() -> None:
+    """Queue pairs are kept for the next transfer; forgotten, they go on both sides."""
+
+    async def script(peer: Peer) -> None:
+        files = event_descriptors()
+        at_first = queue_pairs()
+        async with over() as own:
+            await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
+            in_use = queue_pairs()
+            assert in_use > at_first
+            await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
+            assert queue_pairs() == in_use
+            own.transport.forget(peer.endpoint)
+            await until(lambda: queue_pairs() == at_first)
+        assert event_descriptors() == files
+
+    run_with_peer(script)
+
+
+class NamedNic:
+    """As much of a Nic as a plan of paths looks at."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def test_paths_of_like_devices_come_first() -> None:
+    """a1 meets a1 before a0 steps in; nothing in common: first with first, second with second."""
+
+    def plan(preferred: str, secondary: str, ports: str) -> list[str]:
+        ours, spare = (
+            [NamedNic(name) for name in names.split()] for names in (preferred, secondary)
+        )
+        theirs = [control.Port(name, 0) for name in ports.split()]
+        return [str(path) for path in paths_between(ours, spare, theirs)]  # type: ignore[arg-type]
+
+    assert plan("a1", "a0", "a0 a1") == ["a1-a1", "a0-a0", "a1-a0", "a0-a1"]
+    assert plan("a0 a1", "", "b0 b1") == ["a0-b0", "a1-b1", "a0-b1", "a1-b0"]
+    assert plan("a0", "a1", "b0") == ["a0-b0", "a1-b0"]
