@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -158,13 +159,15 @@ CLUSTERS = st.fixed_dictionaries(
     fields=CLUSTERS,
     seed=st.integers(0, 10**6),
     gap_s=st.sampled_from([0.0, 0.01, 0.05, 0.3]),
+    ssd_bytes_per_s=st.sampled_from([1e4, 1e5]),
     profile=st.sampled_from([ROUGH, SMALL]),
 )
 def test_columns_decide_as_one_by_one(
-    fields: dict[str, Any], seed: int, gap_s: float, profile: Any
+    fields: dict[str, Any], seed: int, gap_s: float, ssd_bytes_per_s: float, profile: Any
 ) -> None:
     """60 requests, some cancelled, in any cluster: the same placement to the last bit."""
     requests = random_requests(seed, 60, gap_s or 1.0, families=3)
+    profile = msgspec.structs.replace(profile, ssd_bytes_per_s=ssd_bytes_per_s)
     rng = random.Random(seed)
 
     async def script(cluster: Cluster) -> int:
