@@ -189,15 +189,16 @@ def check_batch(local: Sequence[Range], size: int, remote: Sequence[Range], peer
     """The bytes of a batch between our segment of `size` and the peer's, or TransportError."""
     if len(local) != len(remote):
         raise TransportError(f"{len(local)} local ranges for {len(remote)} of {peer.segment}")
-    total = 0
+    total, peer_size = 0, peer.size
     for ours, theirs in zip(local, remote, strict=True):
-        if ours.length != theirs.length:
+        length = ours.length
+        if length != theirs.length:
             raise TransportError(f"{ours} and {theirs} of {peer.segment} differ in length")
-        if ours.offset < 0 or ours.length < 0 or ours.offset + ours.length > size:
+        if length < 0 or not 0 <= ours.offset <= size - length:
             raise TransportError(f"{ours} is outside our segment of {size} bytes")
-        if theirs.offset < 0 or theirs.offset + theirs.length > peer.size:
+        if not 0 <= theirs.offset <= peer_size - length:
             raise TransportError(f"{theirs} is outside {peer.segment} of {peer.size} bytes")
-        total += ours.length
+        total += length
     return total
 
 

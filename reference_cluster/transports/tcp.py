@@ -21,6 +21,8 @@ from reference_cluster.transports.bytes import (
 )
 from reference_cluster.transports.tcp_owner import SegmentServer
 from reference_cluster.transports.tcp_wire import (
+    ANSWER,
+    DONE,
     HELLO,
     MAGIC,
     RANGES_MAX,
@@ -28,6 +30,7 @@ from reference_cluster.transports.tcp_wire import (
     REQUEST_BYTES_MAX,
     VERSION,
     WRITE,
+    PeerLeft,
     expect_done,
     prepare,
     receive,
@@ -37,6 +40,10 @@ from reference_cluster.transports.tcp_wire import (
 )
 from reference_cluster.transports.threads import run_stoppable
 
+# So much is moved by the event loop itself, where threads would take as long to wake as the bytes
+# to move; of few ranges, as each costs it a system call.
+INLINE_BYTES = 1 << 20
+INLINE_RANGES = 16
 # Below this a second stream costs more, in waking its threads, than it brings.
 SHARE_BYTES_MIN = 2 << 20
 # As many transfers to one peer run at once, each on a stream of its own; others wait.
@@ -100,6 +107,12 @@ class TcpTransport:
         link = self.peers.get(peer)
         if link is None:
             link = self.peers[peer] = TcpPeer(peer, self.segment.buffer, self.token)
+        is_small = total <= INLINE_BYTES and len(local) <= INLINE_RANGES
+        stream = link.take_idle() if is_small else None
+        if stream is not None:
+            share = Share(link, operation, [(list(local), list(remote))], deadline_s)
+            await share.moved_here(stream)
+            return
         count = max(1, min(self.streams, total // SHARE_BYTES_MIN))
         bytes_max = min(-(-total // count), REQUEST_BYTES_MAX)
         parts = list(cut(local, remote, bytes_max, RANGES_MAX))
@@ -135,6 +148,12 @@ class TcpPeer:
         self.idle: list[socket.socket] = []
         self.at_work: dict[Share, None] = {}
 
+    def take_idle(self) -> socket.socket | None:
+        try:
+            return self.idle.pop()
+        except IndexError:  # Threads take them too, so to look first would not do.
+            return None
+
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)
         for share in list(self.at_work):
@@ -165,8 +184,50 @@ class Share:
         finally:
             del self.peer.at_work[self]
 
+    async def moved_here(self, stream: socket.socket) -> None:
+        """By the event loop, on a stream that was idle."""
+        self.peer.at_work[self] = None
+        self.hold(stream)
+        is_in_step = False
+        try:
+            stream.setblocking(False)
+            async with asyncio.timeout(self.deadline_s):
+                await self.exchange_here(stream, *self.parts[0])
+            is_in_step = True
+        except TimeoutError:
+            reason = f"{self.peer.name}: not done within {self.deadline_s:g} s"
+            raise TransportError(reason) from None
+        except TransportError:
+            is_in_step = True
+            raise
+        except OSError as error:
+            raise self.failure(error) from None
+        finally:
+            self.give_back(stream, is_in_step)
+            del self.peer.at_work[self]
+
+    async def exchange_here(
+        self, stream: socket.socket, ours: list[Range], theirs: list[Range]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        views = self.views(ours)
+        await loop.sock_sendall(stream, request_of(self.operation, theirs))
+        if self.operation == WRITE:
+            for view in views:
+                await loop.sock_sendall(stream, view)
+        head = bytearray(ANSWER.size)
+        await fill_here(loop, stream, memoryview(head))
+        status, length = ANSWER.unpack(head)
+        if status != DONE:
+            reason = bytearray(length)
+            await fill_here(loop, stream, memoryview(reason))
+            raise TransportError(reason.decode(errors="replace"))
+        if self.operation == READ:
+            for view in views:
+                await fill_here(loop, stream, view)
+
     def stop(self) -> None:
-        """Whoever is blocked on the stream wakes with an error."""
+        """Whoever waits for the stream wakes with an error."""
         with self.lock:
             self.is_stopped = True
             if self.stream is not None:
@@ -179,6 +240,7 @@ class Share:
         try:
             stream = self.take()
             try:
+                stream.setblocking(True)
                 for ours, theirs in self.parts:
                     is_in_step = False
                     self.exchange(stream, ours, theirs)
@@ -189,13 +251,19 @@ class Share:
             finally:
                 self.give_back(stream, is_in_step)
         except OSError as error:
-            reason = f"{self.peer.name}: {error.strerror or error}"
-            is_gone = isinstance(error, ConnectionError) and not self.is_stopped
-            raise TransportError(reason, peer_is_gone=is_gone) from None
+            raise self.failure(error) from None
+
+    def failure(self, error: OSError) -> TransportError:
+        is_gone = isinstance(error, ConnectionError) and not self.is_stopped
+        reason = f"{self.peer.name}: {error.strerror or error}"
+        return TransportError(reason, peer_is_gone=is_gone)
+
+    def views(self, ranges: list[Range]) -> list[memoryview]:
+        buffer = self.peer.buffer
+        return [buffer[one.offset : one.offset + one.length] for one in ranges]
 
     def exchange(self, stream: socket.socket, ours: list[Range], theirs: list[Range]) -> None:
-        buffer = self.peer.buffer
-        views = [buffer[one.offset : one.offset + one.length] for one in ours]
+        views = self.views(ours)
         head = request_of(self.operation, theirs)
         if self.operation == WRITE:
             send(stream, [head, *views])
@@ -207,9 +275,8 @@ class Share:
 
     def take(self) -> socket.socket:
         """An idle stream or a new one, which stop() can reach from now on."""
-        try:
-            stream = self.peer.idle.pop()
-        except IndexError:
+        stream = self.peer.take_idle()
+        if stream is None:
             return self.connected()
         self.hold(stream)
         return stream
@@ -244,6 +311,16 @@ class Share:
                 self.peer.idle.append(stream)
             else:
                 stream.close()
+
+
+async def fill_here(
+    loop: asyncio.AbstractEventLoop, stream: socket.socket, view: memoryview
+) -> None:
+    while view:
+        got = await loop.sock_recv_into(stream, view)
+        if got == 0:
+            raise PeerLeft("closed the stream")
+        view = view[got:]
 
 
 def check_host(host: str, token: bytes) -> None:
