@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check test-rdma gate gate-record virtual-time bench clean
+.PHONY: demo test check test-rdma test-torch gate gate-record virtual-time bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mooncake-bench demo --out build/demo
@@ -20,6 +20,13 @@ test: check gate
 # RDMA between processes, on this host's device or in a guest that has a soft one.
 test-rdma: $(VENV)/.tested
 	tests/rdma/run $(BIN)/python
+
+# The torch engine, in an environment of its own: torch alone takes more room than all the rest.
+TORCH ?= torch==2.13.0
+test-torch: pyproject.toml
+	test -x .venvs/torch/bin/python || $(PYTHON) -m venv .venvs/torch
+	.venvs/torch/bin/pip install --quiet --editable '.[dev,torch-test]' '$(TORCH)'
+	OMP_NUM_THREADS=1 .venvs/torch/bin/python -m pytest -m torch tests/reference_cluster/torch
 
 # Did any decision of the cluster change? On purpose: make gate-record, and commit it with the reason.
 gate: $(VENV)/.tested
