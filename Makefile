@@ -47,6 +47,7 @@ virtual-time: $(VENV)/.tested
 
 bench: $(VENV)/.tested
 	$(BIN)/python tests/bench/simulators.py
+	$(BIN)/python tests/bench/transport/run.py
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python >= 3.11 with venv is needed (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
