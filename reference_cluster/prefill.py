@@ -134,7 +134,8 @@ class PrefillInstance(PrefillLoad):
         queued = Queued(request, predicted_s, held, awaited=int(placement.fetch is not None))
         if read_s > self.loop.time():
             queued.awaited += 1
-            self.loop.call_at(read_s, self.arrived, queued)
+            assert self.ssd is not None
+            self.ssd.when_read(request.blocks[:held], read_s, partial(self.arrived, queued))
         self.queue.append(queued)
         self.backlog_s += predicted_s
         self.changed.set()
@@ -249,9 +250,10 @@ class PrefillInstance(PrefillLoad):
             held = self.ssd.arrived(request.blocks[:held], self.loop.time())
         if held > queued.pinned:
             self.store(queued, held)
-        request.reused_tokens = reusable_tokens(
-            queued.pinned, request.input_tokens, self.block_tokens
-        )
+        intact = queued.pinned
+        if self.ssd is not None:
+            intact = self.ssd.intact(request.blocks[:intact])
+        request.reused_tokens = reusable_tokens(intact, request.input_tokens, self.block_tokens)
         request.prefilled_tokens = request.reused_tokens
 
     def let_go(self, queued: Queued) -> None:

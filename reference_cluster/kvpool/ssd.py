@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from reference_cluster.kvpool.pool import BlockPool
 from reference_cluster.request import Block
@@ -86,12 +87,20 @@ class SsdTier:
             arrival_s = max(self.free_s, now_s) + below * self.block_s
         return arrival_s
 
+    def when_read(self, blocks: Sequence[Block], ready_s: float, call: Callable[[], None]) -> None:
+        """Call back when these, that were held, have been read: predicted for `ready_s`."""
+        asyncio.get_running_loop().call_at(ready_s, call)
+
     def arrived(self, blocks: Sequence[Block], now_s: float) -> int:
         """How many leading blocks, all of them in DRAM, have nothing still to be read."""
         self.settle(now_s)
         for count, block in enumerate(blocks):
             if block in self.arrival_s:
                 return count
+        return len(blocks)
+
+    def intact(self, blocks: Sequence[Block]) -> int:
+        """How many leading blocks, held and waited for, have been read without damage."""
         return len(blocks)
 
     def settle(self, now_s: float) -> None:
