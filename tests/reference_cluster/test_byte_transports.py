@@ -267,8 +267,9 @@ def test_a_peer_killed_in_mid_transfer_ends_it(kind: str, what: str) -> None:
     between_two(kind, script)
 
 
+@pytest.mark.parametrize("size", [SIZE, 64 * KIB])
 @pytest.mark.parametrize("what", ["read", "write"])
-def test_a_hung_peer_is_left_at_the_deadline(kind: str, what: str) -> None:
+def test_a_hung_peer_is_left_at_the_deadline(kind: str, what: str, size: int) -> None:
     """A stopped peer costs a batch its deadline; when it goes on, our memory is left alone."""
     if kind in NO_HELP_NEEDED:
         pytest.skip("needs nothing of the peer's process")
@@ -278,13 +279,34 @@ def test_a_hung_peer_is_left_at_the_deadline(kind: str, what: str) -> None:
         peer.pause()
         move = own.transport.read if what == "read" else own.transport.write
         with pytest.raises(TransportError, match="not done within") as caught:
-            await move(peer.endpoint, WHOLE, WHOLE, 0.3)
+            await move(peer.endpoint, [Range(0, size)], [Range(0, size)], 0.3)
         assert not caught.value.peer_is_gone
         fill(own.memory, 4)
         before = crc(own.memory)
         peer.go_on()
         await asyncio.sleep(0.1)
         assert crc(own.memory) == before or kind in WRITES_LATE
+        assert await is_usable(own, peer)
+
+    between_two(kind, script)
+
+
+@pytest.mark.parametrize("what", ["read", "write"])
+def test_a_small_batch_is_cancelled_too(kind: str, what: str) -> None:
+    """Whoever waits for a hung peer can be called off at once, and again when it goes on."""
+    if kind in NO_HELP_NEEDED:
+        pytest.skip("needs nothing of the peer's process")
+
+    async def script(own: Own, peer: Peer) -> None:
+        assert await is_usable(own, peer)
+        peer.pause()
+        move = own.transport.read if what == "read" else own.transport.write
+        task = asyncio.create_task(move(peer.endpoint, [Range(0, 8)], [Range(0, 8)], 30.0))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        peer.go_on()
         assert await is_usable(own, peer)
 
     between_two(kind, script)
