@@ -17,6 +17,7 @@ from mooncake_bench.gate.compare import compare
 from mooncake_bench.gate.errors import GateError
 from mooncake_bench.plan.command import plan
 from mooncake_bench.plan.errors import PlanError
+from mooncake_bench.plan.fit_command import trace_fit
 from mooncake_bench.records import RecordsError, Run, read_run
 from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.options import ReplayOptions, as_command, options_from
@@ -402,6 +403,9 @@ def fetch(
         results.print(table)
     else:
         results.print(str(fetch_trace(name, directory)), highlight=False, soft_wrap=True)
+
+
+trace_app.command(name="fit")(trace_fit)
 
 
 # ---- showing ---------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class Cluster:
         every_s = self.config.conductor.report_every_s
         if not every_s:
             return None
-        return LoadReports(every_s, self.parts.cost, prefill, decode, bool(self.colocated))
+        return LoadReports(every_s, self.parts.cost, prefill, decode)
 
     @property
     def instances(self) -> list[Any]:

@@ -11,10 +11,12 @@ from reference_cluster.blocks import reusable_tokens
 from reference_cluster.config import ColocatedConfig
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
+from reference_cluster.kvpool.index import PrefixIndex
 from reference_cluster.kvpool.pool import BlockPool, PoolUse
 from reference_cluster.policies.batching import Chunk, DecodeBatch, fill_step
 from reference_cluster.policies.scheduling import Placement
-from reference_cluster.policies.view import DecodeView, PrefillView
+from reference_cluster.policies.view import DecodeView
+from reference_cluster.reports import BatchLoad, LoadChanged, nobody
 from reference_cluster.request import Request
 
 
@@ -41,6 +43,7 @@ class ColocatedLoad:
         self.started: deque[Request] = deque()  # In device memory, prompt not yet done.
         self.predicted_s: dict[int, float] = {}  # Prefill time of what waits, by request.
         self.running_end_s = 0.0  # Predicted end of the prefill under way.
+        self.load_changed: LoadChanged = nobody  # Who follows the load.
 
     @property
     def running_blocks(self) -> int:
@@ -53,12 +56,23 @@ class ColocatedLoad:
     def queue_s(self, now_s: float) -> float:
         return sum(self.predicted_s.values()) + max(0.0, self.running_end_s - now_s)
 
-    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
-        reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
-        coming = sum(one.input_tokens for one in self.waiting)
-        coming += sum(one.input_tokens for one in self.started)
-        context_tokens = self.batch.context_tokens_at(now_s, self.cost) + coming
-        return PrefillView(self.id, self.queue_s(now_s), reused, context_tokens)
+    def queue_load(self) -> tuple[float, float]:
+        """Seconds of work that wait, and until when it is busy with what runs."""
+        return sum(self.predicted_s.values()), self.running_end_s
+
+    tiered_blocks = None
+
+    def read_s(self, request: Request, held_blocks: int, now_s: float) -> float:
+        """All that it holds is in device memory."""
+        return 0.0
+
+    def follow_promises(self, index: PrefixIndex) -> None:
+        """It promises nothing: what waits looks up what is there when it starts."""
+
+    def decode_load(self) -> BatchLoad:
+        """What `decode_view` is made of at any time."""
+        view = self.decode_view(0.0)
+        return *self.batch.load(), view.expected, view.expected_tokens, view.free_tokens
 
     def decode_view(self, now_s: float) -> DecodeView:
         coming = [*self.waiting, *self.started]
@@ -113,6 +127,7 @@ class ColocatedInstance(ColocatedLoad):
         request.timeline.fetched_s = request.timeline.placed_s
         predicted_s = self.cost.prefill_s(request.input_tokens, placement.reused_tokens)
         self.predicted_s[request.id] = predicted_s
+        self.load_changed()
         self.changed.set()
 
     async def run(self) -> None:
@@ -122,6 +137,7 @@ class ColocatedInstance(ColocatedLoad):
             self.remove_cancelled()
             self.start_waiting(free_s)
             self.changed.clear()
+            self.load_changed()
             if self.started and self.config.batching == "chunked":
                 free_s = await self.mixed_step(free_s)
             elif self.started:
@@ -259,6 +275,7 @@ class ColocatedInstance(ColocatedLoad):
         if request in self.waiting:
             self.waiting.remove(request)
             del self.predicted_s[request.id]
+            self.load_changed()
         self.changed.set()
 
     def check_integrity(self) -> None:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 from reference_cluster.blocks import reusable_tokens
 from reference_cluster.cost_model import CostModel
-from reference_cluster.kvpool.index import PrefixIndex
+from reference_cluster.kvpool.index import Prefixes, PrefixIndex
 from reference_cluster.policies.admission import Admission, Rejected
 from reference_cluster.policies.scheduling import Placement, Scheduling
-from reference_cluster.policies.view import ClusterView, DecodeView, Holder, PrefillView
-from reference_cluster.reports import LoadReports
+from reference_cluster.policies.view import ClusterView, Holder, PrefillViews, ids
+from reference_cluster.reports import Decoding, LoadReports, Loads, Queueing
 from reference_cluster.request import Request
 from reference_cluster.transports.base import Links
 
 FORGETTING = 0.02  # Share of the newest in the learned mean decode time.
 
 
-class Prefilling(Protocol):
+class Prefilling(Queueing, Protocol):
     """What the Conductor asks of an instance that can prefill."""
 
     id: int
 
-    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView: ...
+    def follow_promises(self, index: PrefixIndex) -> None:
+        """Tell this index from now on what it will have stored and has not."""
 
+    @property
+    def tiered_blocks(self) -> int | None:
+        """With SSD below its DRAM: how many blocks of a prompt can be in DRAM; else None."""
 
-class Decoding(Protocol):
-    """What the Conductor asks of an instance that can decode."""
-
-    def decode_view(self, now_s: float) -> DecodeView: ...
+    def read_s(self, request: Request, held_blocks: int, now_s: float) -> float:
+        """Seconds until all of a prompt's first blocks could be in DRAM."""
 
 
 class Conductor:
@@ -58,6 +61,10 @@ class Conductor:
         self.block_tokens = block_tokens
         self.capacity_tokens = capacity_tokens
         self.reports = reports  # None: every load is known as it is now.
+        self.loads = reports or Loads(cost, prefill, decode)
+        self.tiered_blocks = prefill[0].tiered_blocks
+        for one in prefill:
+            one.follow_promises(index)
         self.decode_s: float | None = None
 
     def decide(
@@ -70,23 +77,36 @@ class Conductor:
         placement = self.scheduling.place(request, view)
         request.predicted_ttft_s, request.predicted_tbt_s = placement.ttft_s, placement.tbt_s
         rejected = self.admission.admit(request, placement, view)
-        if self.reports is not None and not rejected:
-            self.reports.placed(request, placement)
+        if not rejected:
+            self.loads.placed(request, placement)
         return rejected or placement
 
     def view(self, request: Request, in_flight: Collection[Request], now_s: float) -> ClusterView:
         """Everything a policy may see: at `now_s`, but for loads that were reported before."""
-        held = self.index.match(request.blocks)
-        prefill = [one.view(request, held[one.id], now_s) for one in self.prefill]
-        if self.reports is None:
-            decode = [one.decode_view(now_s) for one in self.decode]
-        else:
-            decode = self.reports.put_in(prefill)
-        holder = self.best_holder(request, held)
-        if holder is not None:
-            holder.read_s = prefill[holder.id].read_s
+        held = self.index.prefixes(request.blocks)
+        queue_s, decode = self.loads.queues_s(now_s), self.loads.decoding(now_s)
         is_colocated = self.transport is None
+        prefill = PrefillViews(queue_s, [])
+        if is_colocated:
+            prefill.context_tokens = decode.context_tokens + decode.expected_tokens
+            decode.prefix = "colocated"
+        holder = self.best_holder(request, held)
+        if self.tiered_blocks is not None:
+            held = at_most(self.tiered_blocks, held)  # All must come up to DRAM.
+            read_s = partial(self.read_s, request, held, now_s)
+            prefill.read_s = read_s
+            if holder is not None:
+                holder.read_s = read_s(holder.id)
+        prefill.reused = [
+            (reusable_tokens(blocks, request.input_tokens, self.block_tokens), instances)
+            for blocks, instances in self.index.promising(held, request.blocks)
+        ]
         return ClusterView(now_s, prefill, decode, holder, is_colocated, in_flight, self.decode_s)
+
+    def read_s(self, request: Request, held: Prefixes, now_s: float, id: int) -> float:
+        """Seconds until what an instance has of the prompt on SSD could be in its DRAM."""
+        blocks = next(blocks for blocks, instances in held if instances >> id & 1)
+        return self.prefill[id].read_s(request, blocks, now_s)
 
     def learn(self, request: Request) -> None:
         """A request has finished: how long do decodes last? (A mean that forgets slowly.)"""
@@ -96,16 +116,17 @@ class Conductor:
             before_s = decode_s if self.decode_s is None else self.decode_s
             self.decode_s = before_s + FORGETTING * (decode_s - before_s)
 
-    def best_holder(self, request: Request, held: list[int]) -> Holder | None:
+    def best_holder(self, request: Request, held: Prefixes) -> Holder | None:
         """FindBestPrefixMatch; of equals, whoever can send fastest. None if nobody could gain."""
-        best = max(held)
-        if self.transport is None or best == min(held):
+        if self.transport is None or len(held) == 1:
             return None
-        speeds = [
-            (self.transport.available_bytes_per_s(id), -id)
-            for id, blocks in enumerate(held)
-            if blocks == best
-        ]
-        bytes_per_s, negative_id = max(speeds)
-        tokens = reusable_tokens(best, request.input_tokens, self.block_tokens)
-        return Holder(-negative_id, best, tokens, bytes_per_s)
+        blocks, instances = held[-1]
+        available = self.transport.available_bytes_per_s
+        bytes_per_s, negative_id = max((available(int(id)), -int(id)) for id in ids(instances))
+        tokens = reusable_tokens(blocks, request.input_tokens, self.block_tokens)
+        return Holder(-negative_id, blocks, tokens, bytes_per_s)
+
+
+def at_most(blocks: int, held: Prefixes) -> Prefixes:
+    """The same prefixes, cut to that many blocks."""
+    return [(min(blocks, depth), instances) for depth, instances in held]

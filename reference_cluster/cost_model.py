@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from importlib import resources
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from reference_cluster.errors import ConfigError
 
@@ -140,6 +142,12 @@ class CostModel:
         """One decode step of `batch` sequences that hold `context_tokens` together."""
         return self.step_base_s + self.sequence_s * batch + self.context_token_s * context_tokens
 
+    def steps_s(
+        self, batch: npt.NDArray[np.int64], context_tokens: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64]:
+        """`step_s` of many batches, to the same last bit."""
+        return self.step_base_s + self.sequence_s * batch + self.context_token_s * context_tokens
+
     def mixed_step_s(self, batch: int, context_tokens: int, chunk_s: float) -> float:
         """A decode step that also carries prefill chunks of `chunk_s` seconds' computing."""
         decoding_s = self.step_s(batch, context_tokens) + self.chunked_step_s
@@ -166,6 +174,21 @@ class CostModel:
     def whole_steps_within(self, batch: int, context_tokens: int, elapsed_s: float) -> int:
         """Steps that have ended by now; one that ends at this very instant (1e-6 of it) has."""
         return math.floor(self.steps_within(batch, context_tokens, elapsed_s) + 1e-6)
+
+    def whole_steps(
+        self,
+        batch: npt.NDArray[np.int64],
+        context_tokens: npt.NDArray[np.int64],
+        elapsed_s: npt.NDArray[np.float64],
+    ) -> npt.NDArray[np.int64]:
+        """`whole_steps_within` of many batches that have run for a while, to the same last bit."""
+        a = self.context_token_s * batch / 2
+        b = self.step_base_s + self.sequence_s * batch + self.context_token_s * context_tokens - a
+        if self.context_token_s:
+            steps = 2 * elapsed_s / (b + np.sqrt(b * b + 4 * a * elapsed_s))
+        else:
+            steps = elapsed_s / b
+        return np.floor(steps + 1e-6).astype(np.int64)
 
     def kv_bytes(self, tokens: int) -> int:
         return tokens * self.profile.kv_bytes_per_token

@@ -10,6 +10,7 @@ from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
 from reference_cluster.policies.batching import DecodeBatch
 from reference_cluster.policies.view import DecodeView
+from reference_cluster.reports import BatchLoad, LoadChanged, nobody
 from reference_cluster.request import Request
 
 
@@ -26,6 +27,7 @@ class DecodeLoad:
         self.expected: dict[int, Request] = {}  # Placed here, not yet in the batch.
         self.expected_tokens = 0
         self.expected_kv_tokens = 0
+        self.load_changed: LoadChanged = nobody  # Who follows the load.
 
     def decode_view(self, now_s: float) -> DecodeView:
         return DecodeView(
@@ -38,17 +40,24 @@ class DecodeLoad:
             self.capacity_tokens - self.batch.kv_tokens - self.expected_kv_tokens,
         )
 
+    def decode_load(self) -> BatchLoad:
+        """What `decode_view` is made of at any time."""
+        free_tokens = self.capacity_tokens - self.batch.kv_tokens - self.expected_kv_tokens
+        return *self.batch.load(), len(self.expected), self.expected_tokens, free_tokens
+
     def expect(self, request: Request) -> None:
         """The Conductor has placed a request here; it is still to be prefilled."""
         self.expected[request.id] = request
         self.expected_tokens += request.input_tokens
         self.expected_kv_tokens += request.kv_tokens
+        self.load_changed()
 
     def forget(self, request: Request) -> None:
         """An expected request joins now, or will never come."""
         if self.expected.pop(request.id, None) is not None:
             self.expected_tokens -= request.input_tokens
             self.expected_kv_tokens -= request.kv_tokens
+            self.load_changed()
 
 
 class DecodeInstance(DecodeLoad):
@@ -103,6 +112,7 @@ class DecodeInstance(DecodeLoad):
             self.remove_cancelled()
             self.admit_waiting(free_s)
             self.changed.clear()
+            self.load_changed()
             if not self.batch.size:
                 await self.changed.wait()
                 free_s = self.loop.time()
@@ -111,6 +121,7 @@ class DecodeInstance(DecodeLoad):
             # A torch engine returns after one step, a modelled one when something changes.
             span = await self.engine.decode(free_s, self.batch, self.changed)
             free_s = span.end_s
+            self.load_changed()
             for request in self.batch.apply(span):
                 if request.is_cancelled:
                     continue

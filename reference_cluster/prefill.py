@@ -6,17 +6,20 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from reference_cluster.blocks import reusable_tokens
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
-from reference_cluster.kvpool.pool import BlockPool, PoolUse
+from reference_cluster.kvpool.index import PrefixIndex
+from reference_cluster.kvpool.pool import BlockPool, OnChange, PoolUse, ignore
 from reference_cluster.kvpool.ssd import SsdTier
 from reference_cluster.messenger import Delivery
 from reference_cluster.policies.batching import chunks
 from reference_cluster.policies.scheduling import Placement
-from reference_cluster.policies.view import Holder, PrefillView
+from reference_cluster.policies.view import Holder
+from reference_cluster.reports import LoadChanged, nobody
 from reference_cluster.request import Block, Request
 
 
@@ -49,6 +52,10 @@ class PrefillLoad:
         self.running: object | None = None
         self.running_end_s = 0.0  # Predicted.
         self.promised: dict[Block, int] = {}  # Blocks that what waits or runs will have stored.
+        # Who follows `promised`, and the load.
+        self.on_promised: OnChange = ignore
+        self.on_settled: OnChange = ignore
+        self.load_changed: LoadChanged = nobody
 
     def queue_s(self, now_s: float) -> float:
         """Predicted time until a request that comes now could start."""
@@ -56,32 +63,43 @@ class PrefillLoad:
             return self.backlog_s
         return self.backlog_s + (self.running_end_s - now_s)
 
-    def view(self, request: Request, held_blocks: int, now_s: float) -> PrefillView:
-        """For a request whose first `held_blocks` are here; those on their way count as well."""
-        blocks = request.blocks
-        held_blocks, read_s = self.readable(blocks, held_blocks, now_s)
-        if self.promised:
-            while held_blocks < len(blocks) and blocks[held_blocks] in self.promised:
-                held_blocks += 1
-        reused = reusable_tokens(held_blocks, request.input_tokens, self.block_tokens)
-        return PrefillView(self.id, self.queue_s(now_s), reused, 0, read_s)
+    def queue_load(self) -> tuple[float, float]:
+        """Seconds of work that wait, and until when it is busy with what runs."""
+        return self.backlog_s, 0.0 if self.running is None else self.running_end_s
 
-    def readable(self, blocks: Sequence[Block], held: int, now_s: float) -> tuple[int, float]:
-        """Of what is held, how many blocks DRAM can have, and how soon: all of it is there."""
-        return held, 0.0
+    @property
+    def tiered_blocks(self) -> int | None:
+        """With SSD below its DRAM: how many blocks of a prompt can be in DRAM; else None."""
+        return None
+
+    def read_s(self, request: Request, held_blocks: int, now_s: float) -> float:
+        """Seconds until all of a prompt's first blocks could be in DRAM: all of them are there."""
+        return 0.0
+
+    def follow_promises(self, index: PrefixIndex) -> None:
+        """Tell this index from now on what it will have stored and has not."""
+        self.on_promised = partial(index.promised, self.id)
+        self.on_settled = partial(index.settled, self.id)
 
     def promise(self, blocks: Sequence[Block]) -> None:
         """Somebody here will have stored them."""
-        promised = self.promised
+        promised, fresh = self.promised, []
         for block in blocks:
-            promised[block] = promised.get(block, 0) + 1
+            already = promised.get(block, 0)
+            promised[block] = already + 1
+            if not already:
+                fresh.append(block)
+        self.on_promised(fresh)
 
     def forget_promises(self, blocks: Sequence[Block]) -> None:
-        promised = self.promised
+        promised, settled = self.promised, []
         for block in blocks:
             left = promised.pop(block) - 1
             if left:
                 promised[block] = left
+            else:
+                settled.append(block)
+        self.on_settled(settled)
 
 
 class PrefillInstance(PrefillLoad):
@@ -120,11 +138,14 @@ class PrefillInstance(PrefillLoad):
         self.lending = 0  # Fetches by other instances, which pin blocks here.
         self.changed = asyncio.Event()
 
-    def readable(self, blocks: Sequence[Block], held: int, now_s: float) -> tuple[int, float]:
+    @property
+    def tiered_blocks(self) -> int | None:
+        return None if self.ssd is None else self.pool.capacity
+
+    def read_s(self, request: Request, held_blocks: int, now_s: float) -> float:
         if self.ssd is None:
-            return held, 0.0
-        held = min(held, self.pool.capacity)  # All must come up to DRAM.
-        return held, self.ssd.ready_s(blocks[:held], now_s) - now_s
+            return 0.0
+        return self.ssd.ready_s(request.blocks[:held_blocks], now_s) - now_s
 
     def accept(self, request: Request, placement: Placement) -> None:
         """Take a place in the queue, hold on to what the pool has of the prefix, fetch the rest."""
@@ -138,6 +159,7 @@ class PrefillInstance(PrefillLoad):
             self.ssd.when_read(request.blocks[:held], read_s, partial(self.arrived, queued))
         self.queue.append(queued)
         self.backlog_s += predicted_s
+        self.load_changed()
         self.changed.set()
         if not queued.is_fetching:
             request.timeline.fetched_s = request.timeline.placed_s
@@ -195,6 +217,7 @@ class PrefillInstance(PrefillLoad):
                 self.backlog_s -= queued.predicted_s
                 if not self.queue:
                     self.backlog_s = 0.0  # No rounding residue.
+                self.load_changed()
                 return queued
         return None
 
@@ -208,6 +231,7 @@ class PrefillInstance(PrefillLoad):
         remaining_s = self.cost.prefill_s(request.input_tokens, request.reused_tokens)
         occupied_s = self.cost.occupied_s(request.input_tokens, request.reused_tokens)
         self.running, self.running_end_s = queued, start_s + occupied_s
+        self.load_changed()
         stamps = request.timeline
         # A live loop wakes late: the engine was free, on paper, before the request was here.
         stamps.prefill_start_s = max(start_s, stamps.fetched_s or start_s)
@@ -220,6 +244,7 @@ class PrefillInstance(PrefillLoad):
                 break
         request.prefill_busy_s += end_s - start_s
         self.running = None
+        self.load_changed()
         drained_s = self.engine.drained_s(end_s)
         if drained_s == end_s:
             self.prefilled(queued, handover, end_s)

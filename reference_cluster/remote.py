@@ -92,6 +92,7 @@ class RemotePrefill(PrefillLoad):
         predicted_s = self.cost.occupied_s(request.input_tokens, placement.reused_tokens)
         self.queue[request.id] = predicted_s
         self.backlog_s += predicted_s
+        self.load_changed()
         self.requests[request.id] = request
         self.promise(request.blocks)
         self.tell(Serve(work_of(request), placement))
@@ -110,6 +111,7 @@ class RemotePrefill(PrefillLoad):
     def started(self, message: Started) -> None:
         self.unqueue(message.id)
         self.running, self.running_end_s = message.id, message.running_end_s
+        self.load_changed()
         if message.id in self.requests:
             stamp(self.requests[message.id], message.stamps)
 
@@ -117,10 +119,12 @@ class RemotePrefill(PrefillLoad):
         self.backlog_s -= self.queue.pop(id, 0.0)
         if not self.queue:
             self.backlog_s = 0.0  # No rounding residue.
+        self.load_changed()
 
     def prefilled(self, message: Prefilled) -> None:
         if self.running == message.id:
             self.running = None
+            self.load_changed()
         request = self.requests.pop(message.id, None)
         if request is None:
             return
@@ -169,6 +173,7 @@ class RemoteDecode(DecodeLoad):
         self.on_end = on_end
 
     def receive(self, message: Message) -> None:
+        self.load_changed()
         match message:
             case FirstToken() if message.id in self.expected:
                 request = self.expected[message.id]
@@ -222,9 +227,11 @@ class RemoteColocated(ColocatedLoad):
         self.predicted_s[request.id] = self.cost.prefill_s(
             request.input_tokens, placement.reused_tokens
         )
+        self.load_changed()
         self.tell(Serve(work_of(request), placement))
 
     def receive(self, message: Message) -> None:
+        self.load_changed()
         match message:
             case Started():
                 self.begin(message)
@@ -270,6 +277,7 @@ class RemoteColocated(ColocatedLoad):
             del self.predicted_s[request.id]
         elif request in self.started:
             self.started.remove(request)
+        self.load_changed()
         self.tell(Cancel(request.id))
 
 

@@ -83,7 +83,7 @@ def conversation_like(
     """
     arrival_s = _arrivals(random, duration_s, rate_rps, quantise_s)
     turns = Conversations(random, block_tokens, CONVERSATION_REUSE).run(arrival_s)
-    return _frame(arrival_s, turns)
+    return frame_of(arrival_s, turns)
 
 
 def toolagent_like(
@@ -109,7 +109,7 @@ def toolagent_like(
     for kind_rows, kind_turns in zip(rows, made, strict=True):
         for row, turn in zip(kind_rows, kind_turns, strict=True):
             turns[row] = turn
-    return _frame(arrival_s, [turn for turn in turns if turn is not None])
+    return frame_of(arrival_s, [turn for turn in turns if turn is not None])
 
 
 def _tool_a(random: Random, n: int, ids: Conversations) -> list[Turn]:
@@ -159,7 +159,7 @@ def poisson(
     length = np.full(len(arrival_s), input_tokens)
     output = np.full(len(arrival_s), output_tokens)
     ids = Conversations(random, block_tokens, 0.0)
-    return _frame(arrival_s, _with_prefix(ids, int(shared * input_tokens), length, output))
+    return frame_of(arrival_s, _with_prefix(ids, int(shared * input_tokens), length, output))
 
 
 def arxiv_summarization_like(
@@ -170,7 +170,7 @@ def arxiv_summarization_like(
     n = len(arrival_s)
     length = _log_normal(random, n, mean=8088, sigma=0.6, low=500, high=32_000)
     output = _log_normal(random, n, mean=229, sigma=0.45, low=30, high=1000)
-    return _frame(
+    return frame_of(
         arrival_s, _with_prefix(Conversations(random, block_tokens, 0.0), 0, length, output)
     )
 
@@ -197,7 +197,7 @@ def leval_like(
     shared = [ids.fresh(int(tokens) // block_tokens) for tokens in length]
     # Four documents are open at a time, so that their questions interleave.
     document = [_open_document(i, per_document, documents) for i in range(n)]
-    return _frame(
+    return frame_of(
         arrival_s,
         [
             ids.turn(shared[d], int(length[d] + asked[i]), int(output[i]))
@@ -244,7 +244,7 @@ def _log_normal(
     return np.clip(mean * np.exp(sigma * normal - sigma**2 / 2), low, high)
 
 
-def _frame(arrival_s: Floats, turns: list[Turn]) -> pl.DataFrame:
+def frame_of(arrival_s: Floats, turns: list[Turn]) -> pl.DataFrame:
     """The frame of generated requests, ids numbered by first use as in Mooncake's files."""
     ids = np.fromiter(chain.from_iterable(turn.ids for turn in turns), dtype=np.int64)
     return build_frame(

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from workloads.catalogue import read_catalogue
 from workloads.errors import TraceError
+from workloads.fit import open_fitted
 from workloads.formats import read_trace, write_mooncake
 from workloads.model import Trace
 from workloads.servegen import read_clients
@@ -30,7 +31,8 @@ def open_trace(
 ) -> Trace:
     """The trace that `spec` names: a path, or `generator[:parameter=value,...]`.
 
-    A directory of ServeGen clients takes parameters as a generator does (servegen.py).
+    A directory of ServeGen clients (servegen.py) and a file of `trace fit` (fit.py) take parameters
+    as a generator does.
 
     `seed` is a generator's; `timestamp_unit` ("ms" or "s") a JSONL file's, see `read_trace`.
     Raises TraceError, one line, for a name that is neither or a file that is no trace.
@@ -40,6 +42,8 @@ def open_trace(
         return generate(name, seed=seed, block_tokens=block_tokens, **_parameters(name, text))
     # A path may hold a colon; parameters follow the last one.
     directory, _, text = spec.rpartition(":") if not os.path.exists(spec) else (spec, "", "")
+    if directory.endswith(".toml") and os.path.isfile(directory):
+        return open_fitted(directory, seed=seed, **_parameters(directory, text))
     if os.path.isdir(directory):
         parameters = _parameters(directory, text)
         return read_clients(directory, seed=seed, block_tokens=block_tokens, **parameters)

@@ -20,7 +20,7 @@ from mooncake_bench.plan.outcome import Outcome
 from mooncake_bench.plan.page import write_page
 from mooncake_bench.plan.pools import LocalPool, Pool
 from mooncake_bench.plan.result import GrowthPlan, PlanReport
-from mooncake_bench.plan.spec import Spec, load_spec, profile_of
+from mooncake_bench.plan.spec import Spec, file_of, load_spec, profile_of
 from mooncake_bench.plan.study import Study
 from mooncake_bench.plan.trial import loaded
 from mooncake_bench.records import fingerprint, installed_versions
@@ -99,8 +99,9 @@ def scene_of(spec: Spec) -> Scene:
     """What trials share; its content covers the trace's bytes and the profiles'."""
     profiles = [msgspec.to_builtins(profile_of(machine)) for machine in spec.profiles]
     digest = hashlib.sha256(msgspec.json.encode(profiles, order="deterministic"))
-    path = Path(spec.trace)
+    path, parameters = file_of(spec.trace)
     digest.update(path.read_bytes() if path.is_file() else spec.trace.encode())
+    digest.update(parameters.encode())
     return Scene(spec.trace, digest.hexdigest()[:32], spec.jitter, spec.slo)
 
 

@@ -131,9 +131,9 @@ def load_spec(path: Path) -> Spec:
         raise PlanError(f"{path}: {explained(str(error))}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path}: not valid TOML ({error}); mend the file") from None
-    beside = path.parent / spec.trace
-    if beside.exists():
-        spec = msgspec.structs.replace(spec, trace=str(beside.resolve()))
+    file, parameters = file_of(spec.trace, path.parent)
+    if file.exists():
+        spec = msgspec.structs.replace(spec, trace=f"{file.resolve()}{parameters}")
     profiles = tuple(
         msgspec.structs.replace(one, profile=str((path.parent / one.profile).resolve()))
         if one.profile.endswith(".toml") and (path.parent / one.profile).exists()
@@ -141,6 +141,14 @@ def load_spec(path: Path) -> Spec:
         for one in spec.profiles
     )
     return msgspec.structs.replace(spec, profiles=profiles)
+
+
+def file_of(trace: str, directory: Path = Path()) -> tuple[Path, str]:
+    """The file that a trace would be, and the parameters behind it (":rate_rps=5" of a fit)."""
+    if (directory / trace).exists():
+        return directory / trace, ""
+    name, colon, parameters = trace.rpartition(":")
+    return directory / (name or parameters), f"{colon}{parameters}" if name else ""
 
 
 def explained(message: str) -> str:

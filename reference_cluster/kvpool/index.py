@@ -4,29 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from reference_cluster.policies.view import Instances, ids
 from reference_cluster.request import Block
+
+Prefixes = list[tuple[int, Instances]]  # Who has exactly so many leading blocks, fewest first.
 
 
 class PrefixIndex:
-    """Block -> the instances that hold it, as the bits of an integer. Instances have ids 0..n-1."""
+    """Block -> the instances that hold it, or have promised to, as the bits of an integer.
+
+    Instances have ids 0..n-1. A block that one instance holds costs an entry of a dict and its key,
+    as the integers of single instances are shared.
+    """
 
     def __init__(self, instances: int) -> None:
         self.instances = instances
-        self.holders: dict[Block, int] = {}
+        self.bits = [1 << id for id in range(instances)]
+        self.holders: dict[Block, Instances] = {}
+        self.promises: dict[Block, Instances] = {}
 
     def stored(self, instance: int, blocks: Sequence[Block]) -> None:
-        holders, bit = self.holders, 1 << instance
-        for block in blocks:
-            holders[block] = holders.get(block, 0) | bit
+        self.add(self.holders, instance, blocks)
 
     def evicted(self, instance: int, blocks: Sequence[Block]) -> None:
-        holders, bit = self.holders, 1 << instance
+        self.remove(self.holders, instance, blocks)
+
+    def promised(self, instance: int, blocks: Sequence[Block]) -> None:
+        """What waits at the instance will have stored these."""
+        self.add(self.promises, instance, blocks)
+
+    def settled(self, instance: int, blocks: Sequence[Block]) -> None:
+        """Promises that are kept, or that nobody waits for any more."""
+        self.remove(self.promises, instance, blocks)
+
+    def add(self, sets: dict[Block, Instances], instance: int, blocks: Sequence[Block]) -> None:
+        bit = self.bits[instance]
+        before = after = bit
         for block in blocks:
-            left = holders[block] ^ bit
-            if left:
-                holders[block] = left
+            found = sets.get(block)
+            if found is None:
+                sets[block] = bit
             else:
-                del holders[block]
+                # The blocks of a chain are mostly in the same places: make that integer once.
+                if found is not before:
+                    before, after = found, found | bit
+                sets[block] = after
+
+    def remove(self, sets: dict[Block, Instances], instance: int, blocks: Sequence[Block]) -> None:
+        bit = self.bits[instance]
+        before = after = 0
+        for block in blocks:
+            found = sets[block]
+            if found == bit:
+                del sets[block]
+                continue
+            if found is not before:
+                before, after = found, found ^ bit
+                if not after & (after - 1):
+                    after = self.bits[after.bit_length() - 1]
+            sets[block] = after
+
+    def prefixes(self, blocks: Sequence[Block]) -> Prefixes:
+        """Every instance, by how many leading blocks of the chain it holds."""
+        return walk(self.holders, blocks, 0, (1 << self.instances) - 1)
+
+    def promising(self, held: Prefixes, blocks: Sequence[Block]) -> Prefixes:
+        """The same with the blocks that are promised right behind those that are held."""
+        if not self.promises:
+            return held
+        found: Prefixes = []
+        for depth, instances in held:
+            found += walk(self.promises, blocks, depth, instances)
+        return found
 
     def cleared(self, instance: int) -> None:
         """The instance holds nothing any more: it was lost, or sends its contents anew."""
@@ -35,24 +84,25 @@ class PrefixIndex:
     def match(self, blocks: Sequence[Block]) -> list[int]:
         """For each instance, how many leading blocks of the chain it holds."""
         depths = [0] * self.instances
-        alive = (1 << self.instances) - 1
-        depth = 0
-        for block in blocks:
-            holders = self.holders.get(block, 0)
-            lost = alive & ~holders
-            if lost:
-                mark(depths, lost, depth)
-                alive &= holders
-                if not alive:
-                    return depths
-            depth += 1
-        mark(depths, alive, depth)
+        for depth, instances in self.prefixes(blocks):
+            for id in ids(instances):
+                depths[id] = depth
         return depths
 
 
-def mark(depths: list[int], instances: int, depth: int) -> None:
-    """Write `depth` for every instance whose bit is set."""
-    while instances:
-        lowest = instances & -instances
-        depths[lowest.bit_length() - 1] = depth
-        instances ^= lowest
+def walk(
+    sets: dict[Block, Instances], blocks: Sequence[Block], depth: int, alive: Instances
+) -> Prefixes:
+    """How far each of the `alive` instances has blocks in a row, from number `depth` on."""
+    found: Prefixes = []
+    get = sets.get
+    for block in blocks[depth:] if depth else blocks:
+        kept = alive & get(block, 0)
+        if kept != alive:
+            found.append((depth, alive ^ kept))
+            if not kept:
+                return found
+            alive = kept
+        depth += 1
+    found.append((depth, alive))
+    return found

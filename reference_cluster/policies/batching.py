@@ -90,6 +90,13 @@ class DecodeBatch:
         done = cost.whole_steps_within(size, self.context_tokens, elapsed_s)
         return self.context_tokens + size * min(done, self.steps_until_leave)
 
+    def load(self) -> tuple[int, int, float, int]:
+        """What `context_tokens_at` is made of: members, context at the span's start, that start
+        (infinite: no span is under way), and steps until the first member leaves."""
+        if self.span_start_s is None or not self.members:
+            return len(self.members), self.context_tokens, float("inf"), 0
+        return len(self.members), self.context_tokens, self.span_start_s, self.steps_until_leave
+
     @property
     def size(self) -> int:
         return len(self.members)

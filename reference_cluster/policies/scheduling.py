@@ -7,9 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from reference_cluster.config import ConductorConfig
 from reference_cluster.cost_model import CostModel
-from reference_cluster.policies.view import ClusterView, DecodeView, Holder, PrefillView
+from reference_cluster.policies.view import (
+    ClusterView,
+    DecodeView,
+    DecodeViews,
+    Floats,
+    Holder,
+    Ints,
+    PrefillView,
+    spread,
+)
 from reference_cluster.request import Request
 
 
@@ -41,36 +52,63 @@ class KVCacheCentric:
         self.balancing_threshold = config.balancing_threshold
 
     def place(self, request: Request, view: ClusterView) -> Placement:
-        options = []
-        holder = view.holder if self.is_fetching else None
-        for instance in view.prefill:
-            fetch = holder and self.worth_fetching(instance, holder)
-            ttft_s = self.ttft_s(request, instance, fetch)
-            # Ties (idle colocated instances) go to the emptiest, then to the lowest id, so that a
-            # seed fixes the whole run.
-            options.append((ttft_s, instance.context_tokens, instance.id, fetch))
-        ttft_s, _, prefill, fetch = min(options)  # Ids differ, so that `fetch` is never compared.
-        reused = fetch.tokens if fetch else view.prefill[prefill].reused_tokens
-        return complete(request, view, self.cost, prefill, ttft_s, reused, fetch)
+        prefill = view.prefill
+        ttft_s = self.ttft_s(request, view, prefill.queue_s)
+        # Ties (idle colocated instances) go to the emptiest, then to the lowest id, so that a
+        # seed fixes the whole run.
+        chosen = least(ttft_s, prefill.context_tokens)
+        if prefill.read_s is not None:
+            # With no time for reading from SSD these were the least they can be: read the best
+            # one's, until none that is still to be read could be better.
+            start_s = prefill.queue_s.copy()
+            known: dict[int, None] = {}
+            while chosen not in known:
+                known[chosen] = None
+                start_s[chosen] = max(start_s[chosen], prefill.read_s(chosen))
+                ttft_s = self.ttft_s(request, view, start_s)
+                chosen = least(ttft_s, prefill.context_tokens)
+        reused = prefill.reused_tokens(chosen)
+        fetch = self.worth_fetching(view.holder, chosen, reused)
+        if fetch is not None:
+            reused = fetch.tokens
+        return complete(request, view, self.cost, chosen, float(ttft_s[chosen]), reused, fetch)
 
-    def worth_fetching(self, instance: PrefillView, holder: Holder) -> Holder | None:
+    def worth_fetching(self, holder: Holder | None, id: int, reused_tokens: int) -> Holder | None:
         """Algorithm 1: best_len / prefix_len over the threshold; x/0 is over, 0/0 is not."""
-        if holder.id == instance.id:
+        if holder is None or not self.is_fetching or holder.id == id:
             return None
-        is_over = holder.tokens > self.balancing_threshold * instance.reused_tokens
-        return holder if is_over else None
+        return holder if holder.tokens > self.balancing_threshold * reused_tokens else None
 
-    def ttft_s(self, request: Request, instance: PrefillView, fetch: Holder | None) -> float:
-        """T_transfer + T_queue + T_prefill."""
-        start_s = instance.queue_s
-        if instance.read_s > start_s:
-            start_s = instance.read_s
-        if fetch is None:
-            return start_s + self.cost.prefill_s(request.input_tokens, instance.reused_tokens)
-        missing = fetch.tokens - instance.reused_tokens
-        transfer_s = fetch.read_s + self.cost.kv_bytes(missing) / fetch.bytes_per_s
-        prefill_s = self.cost.prefill_s(request.input_tokens, fetch.tokens)
-        return transfer_s + start_s + prefill_s
+    def ttft_s(self, request: Request, view: ClusterView, start_s: Floats) -> Floats:
+        """T_transfer + T_queue + T_prefill of every instance, which could start at `start_s`.
+
+        The first and the last depend on what it could reuse alone, and are computed once for all
+        instances that could reuse as much.
+        """
+        transfer_s, prefill_s = [], []
+        is_fetching = False
+        cost, input_tokens = self.cost, request.input_tokens
+        for reused_tokens, instances in view.prefill.reused:
+            fetch = self.worth_fetching(view.holder, -1, reused_tokens)
+            if fetch is None:
+                transfer_s.append((0.0, instances))
+                prefill_s.append((cost.prefill_s(input_tokens, reused_tokens), instances))
+                continue
+            is_fetching = True
+            if instances >> fetch.id & 1:  # It fetches nothing from itself.
+                instances ^= 1 << fetch.id
+                transfer_s.append((0.0, 1 << fetch.id))
+                prefill_s.append((cost.prefill_s(input_tokens, reused_tokens), 1 << fetch.id))
+                if not instances:
+                    continue
+            missing = fetch.tokens - reused_tokens
+            moving_s = fetch.read_s + cost.kv_bytes(missing) / fetch.bytes_per_s
+            transfer_s.append((moving_s, instances))
+            prefill_s.append((cost.prefill_s(input_tokens, fetch.tokens), instances))
+        count = len(start_s)
+        if is_fetching:
+            start_s = spread(transfer_s, count) + start_s
+        return start_s + spread(prefill_s, count)
 
 
 class LocalCacheAware(KVCacheCentric):
@@ -86,8 +124,8 @@ class LeastLoaded:
         self.cost = cost
 
     def place(self, request: Request, view: ClusterView) -> Placement:
-        instance = min(view.prefill, key=lambda one: (one.queue_s, one.context_tokens, one.id))
-        return here(request, view, self.cost, instance)
+        chosen = least(view.prefill.queue_s, view.prefill.context_tokens)
+        return here(request, view, self.cost, view.prefill[chosen])
 
 
 class Random:
@@ -98,7 +136,8 @@ class Random:
         self.rng = rng
 
     def place(self, request: Request, view: ClusterView) -> Placement:
-        return here(request, view, self.cost, self.rng.choice(view.prefill))
+        chosen = self.rng.choice(range(len(view.prefill)))
+        return here(request, view, self.cost, view.prefill[chosen])
 
 
 def here(request: Request, view: ClusterView, cost: CostModel, instance: PrefillView) -> Placement:
@@ -126,19 +165,24 @@ def complete(
     return Placement(prefill, decode.id, ttft_s, tbt_s, reused_tokens, fetch)
 
 
-def select_decode(request: Request, instances: list[DecodeView], cost: CostModel) -> DecodeView:
+def select_decode(request: Request, instances: DecodeViews, cost: CostModel) -> DecodeView:
     """Least step time with all that is expected there too, among those with room if any have."""
+    batch = instances.batch + instances.expected
+    step_s = cost.steps_s(batch, instances.context_tokens + instances.expected_tokens)
+    is_full = instances.free_tokens < request.kv_tokens
+    if is_full.any() and not is_full.all():
+        step_s[is_full] = np.inf
+    return instances[int(step_s.argmin())]
 
-    kv_tokens, step_s = request.kv_tokens, cost.step_s
-    _, _, id = min(
-        (
-            one.free_tokens < kv_tokens,
-            step_s(one.batch + one.expected, one.context_tokens + one.expected_tokens),
-            one.id,
-        )
-        for one in instances
-    )
-    return instances[id]
+
+def least(first: Floats, second: Ints | None) -> int:
+    """The row with the least of `first`, of equals that with the least of `second`, or the first
+    of those."""
+    chosen = int(first.argmin())
+    if second is not None:
+        equals = np.flatnonzero(first == first[chosen])
+        chosen = int(equals[second[equals].argmin()])
+    return chosen
 
 
 def make_scheduling(config: ConductorConfig, cost: CostModel, seed: int) -> Scheduling:

@@ -205,3 +205,23 @@ def test_ray_is_an_extra(tmp_path: Path):
     )
     assert done.returncode == 2
     assert "[ray]" in done.stderr
+
+
+def test_a_fit_tells_how_good_it_is(tmp_path: Path):
+    """The file is a trace for every verb; beside it stands what differs, simulated goodput too."""
+    out = tmp_path / "mine.toml"
+    words = ["trace", "fit", "conversation-like:duration_s=300", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "mooncake_bench.cli", *words],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "prefix hits, endless cache" in done.stdout
+    found = json.loads((tmp_path / "mine.quality.json").read_text())
+    assert any("goodput" in one["what"] for one in found)
+    plan = PLAN.format(nodes=24).replace("poisson-16k:rate_rps=2,duration_s=60", "mine.toml")
+    report = planned(tmp_path, plan.replace("[1, 2]", "[1]").replace("ttft_s = 3", "ttft_s = 20"))
+    assert report.trace["name"] == "mine"

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from reference_cluster.cluster import Cluster
 from reference_cluster.colocated import ColocatedInstance
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import CostModel, DecodeCost, PrefillCost, Profile
 from reference_cluster.decode import DecodeInstance
-from reference_cluster.policies.view import DecodeView
+from reference_cluster.policies.view import DecodeView, DecodeViews, PrefillView, PrefillViews
 from reference_cluster.request import Block, Request, Timeline
 from reference_cluster.simulate import sleep_until
 from reference_cluster.virtual_time import run_virtual
@@ -95,6 +96,22 @@ ROOMY = DecodeView(
     expected_tokens=0,
     free_tokens=10**6,
 )
+
+
+def prefill_views(*views: PrefillView) -> PrefillViews:
+    """These rows as columns; their ids are 0, 1, 2 and so on."""
+    queue_s = np.array([one.queue_s for one in views])
+    context_tokens = np.array([one.context_tokens for one in views])
+    reads = [one.read_s for one in views]
+    reused = [(one.reused_tokens, 1 << one.id) for one in views]
+    return PrefillViews(queue_s, reused, context_tokens, reads.__getitem__ if any(reads) else None)
+
+
+def decode_views(*views: DecodeView) -> DecodeViews:
+    """These rows as columns."""
+    names = ("batch", "context_tokens", "expected", "expected_tokens", "free_tokens")
+    return DecodeViews(*(np.array([getattr(one, name) for one in views]) for name in names))
+
 
 # All terms of the cost model at work, and numbers that no two sums of coincide.
 ROUGH = msgspec.structs.replace(

@@ -26,7 +26,7 @@ from reference_cluster.policies.scheduling import (
     select_decode,
 )
 from reference_cluster.policies.view import ClusterView, DecodeView, Holder, PrefillView
-from tests.reference_cluster.small import ROOMY, a_request, costs
+from tests.reference_cluster.small import ROOMY, a_request, costs, decode_views, prefill_views
 
 COST = costs()
 CONFIG = ConductorConfig()
@@ -42,7 +42,8 @@ def a_view(
         PrefillView(id, queue_s, reused, context_tokens[id])
         for id, (queue_s, reused) in enumerate(prefill)
     ]
-    return ClusterView(0.0, instances, [ROOMY], holder, is_colocated=False)
+    prefill, decode = prefill_views(*instances), decode_views(ROOMY)
+    return ClusterView(0.0, prefill, decode, holder, is_colocated=False)
 
 
 def a_holder(id: int, tokens: int, bytes_per_s: float = 1e6) -> Holder:
@@ -164,8 +165,7 @@ BY_CONTEXT = costs(decode={"sequence_s": 0.01, "context_token_s": 1e-4})
 
 
 def chosen(*instances: DecodeView) -> int:
-    numbered = [replace(one, id=id) for id, one in enumerate(instances)]
-    return select_decode(a_request(input_tokens=100), numbered, BY_CONTEXT).id
+    return select_decode(a_request(input_tokens=100), decode_views(*instances), BY_CONTEXT).id
 
 
 def test_the_shortest_step_is_chosen() -> None:
@@ -200,7 +200,7 @@ def test_with_no_room_anywhere_the_shortest_step_is_chosen() -> None:
 def test_the_predicted_tbt_is_the_first_steps() -> None:
     """One more in the batch with its prompt: 0.1 + 0.01 x 3 + 0.0001 x (500 + 1000) = 0.28 s."""
     view = a_view((0.0, 0))
-    view.decode = [replace(ROOMY, batch=2, context_tokens=500)]
+    view.decode = decode_views(replace(ROOMY, batch=2, context_tokens=500))
     policy = LeastLoaded(BY_CONTEXT, CONFIG)
     assert placed(policy, view).tbt_s == pytest.approx(0.28)
 
@@ -209,6 +209,6 @@ def test_a_colocated_request_stays_where_it_starts() -> None:
     """Even where another instance would decode faster."""
     view = a_view((0.0, 0), (1.0, 0))
     view.is_colocated = True
-    view.decode = [replace(ROOMY, batch=50), replace(ROOMY, id=1)]
+    view.decode = decode_views(replace(ROOMY, batch=50), ROOMY)
     placement = placed(LeastLoaded(COST, CONFIG), view)
     assert (placement.prefill, placement.decode) == (0, 0)
