@@ -99,7 +99,10 @@ def junit(verdict: Verdict) -> bytes:
 
 def _case(suite: ElementTree.Element, one: Finding, scenario: str) -> None:
     case = ElementTree.SubElement(
-        suite, "testcase", classname=f"gate.{scenario}", name=f"{one.metric}: {one.rule}"
+        suite,
+        "testcase",
+        classname=f"gate.{scenario}",
+        name=one.rule if one.rule != "unchanged" else one.metric,
     )
     text = (
         f"{one.metric}: {words.value(one.metric, one.baseline)} -> "

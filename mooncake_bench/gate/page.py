@@ -38,7 +38,7 @@ def _alarm(verdict: Verdict) -> str:
     if not breached:
         return ""
     lines = [
-        f"{one.scenario + ': ' if one.scenario else ''}{one.metric} {words.change(one)} ({one.why})"
+        f"{one.scenario + ': ' if one.scenario else ''}{one.metric} {words.change(one)}; {one.why}"
         for one in breached[:12]
     ]
     if len(breached) > 12:

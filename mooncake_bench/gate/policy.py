@@ -176,8 +176,9 @@ def of_metric(metric: Metric, estimator: Estimator, place: str) -> Check:
     if better == "neither":
         raise GateError(f'{place}: {metric.name}: say which is better = "smaller" or "bigger"')
     sign = 1 if better == "smaller" else -1
-    least = f", at least {metric.floor_absolute:g}" if metric.floor_absolute else ""
-    rule = f"{metric.name} worse by no more than {metric.floor:.3g} of the baseline{least}"
+    limits = [f"{metric.floor * 100:g} %"] if metric.floor or not metric.floor_absolute else []
+    limits += [f"{metric.floor_absolute:g}"] if metric.floor_absolute else []
+    rule = f"{metric.name} at most {' or '.join(limits)} worse"
     return Check(
         metric=metric.name,
         rule=rule,

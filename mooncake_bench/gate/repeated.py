@@ -17,6 +17,8 @@ from mooncake_bench.gate.policy import Check, Policy
 from mooncake_bench.gate.verdict import Finding, Outcome
 from mooncake_bench.metrics import Floats
 
+MET = ("attainment", "goodput_rps")
+"""Numbers made of which requests met their SLOs."""
 BAD_RUN = 1.25
 """So many times its side's best makes a run a bad one: what the best of k does not look at."""
 
@@ -168,7 +170,7 @@ def _outcome(
         return "observed", f"not gated{bad}"
     if one.is_over and (p is None or p <= level):
         sure = f", p {p:.2g}" if p is not None else ""
-        return "breached", f"{check.rule}{sure}{bad}"
+        return "breached", f"demanded: {check.rule}{sure}{bad}"
     if least is not None and slack > 0 and least > 2 * slack:
         return "too noisy", f"a worsening below {_relative(least, one.old)} may stay unseen{bad}"
     if one.is_over:
@@ -197,6 +199,9 @@ def interval_of(
     """95 % of the difference of the sides' estimates; None where a run has no value."""
     if not (np.isfinite(baseline).all() and np.isfinite(candidate).all()):
         return None, None
+    runs = min(len(baseline), len(candidate))
+    if runs == 1 and not all(is_of_requests(one, check.metric) for one in first_of(batch)):
+        return None, None  # One number a side: nothing says how it varies.
     sides = [
         np.array([_replicates(run, check.metric, value) for run, value in pairs])
         for pairs in (
@@ -212,12 +217,21 @@ def interval_of(
     return statistics.interval(sides[0], sides[1], reduce)
 
 
+def first_of(batch: Batch) -> tuple[Evidence, Evidence]:
+    return batch.baseline[0], batch.candidate[0]
+
+
+def is_of_requests(run: Evidence, metric: str) -> bool:
+    """Whether the number sums up requests, of which parts can be drawn anew."""
+    return run.times(metric) is not None or (metric in MET and bool(run.frame.height))
+
+
 def _replicates(run: Evidence, metric: str, value: float) -> Floats:
     """The run's number with its time blocks drawn anew; itself where it is no sum of requests."""
     values: Floats | None
     scale: float = 1.0
     of: Callable[[Floats], float | None]
-    if run.info is not None and metric in ("attainment", "goodput_rps") and run.frame.height:
+    if run.info is not None and metric in MET and run.frame.height:
         met = metrics.attained(run.frame.sort("arrival_s"), run.info.slo, run.info.slo_by_class)
         values, of = met.cast(float).to_numpy(), lambda drawn: float(drawn.mean())
         share = float(values.mean())

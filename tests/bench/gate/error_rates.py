@@ -54,12 +54,16 @@ def rates(policy: Policy, pick: Pick, trials: int) -> str:
 
 
 def live(paths: Sequence[Path]) -> dict[float, list[list[Evidence]]]:
-    """By slowdown, the runs of each round, in the order in which they were made."""
+    """By slowdown, the runs of each round, in the order in which they were made.
+
+    Rounds with an invalid run (the client was the bottleneck) are left out: the gate refuses them.
+    """
     found: dict[float, list[list[Evidence]]] = {1.0: [], 1.1: [], 1.2: []}
     for path in paths:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        assert all(row["valid"] for row in rows)
-        for number in range(max(row["round"] for row in rows)):  # The last may be cut.
+        spoilt = {row["round"] for row in rows if not row["valid"]}
+        # The last may be cut.
+        for number in sorted({row["round"] for row in rows[:-4]} - spoilt):
             for slowdown, rounds in found.items():
                 of = [r for r in rows if r["round"] == number and r["slowdown"] == slowdown]
                 rounds.append([as_evidence(row["numbers"]) for row in of])
@@ -145,12 +149,12 @@ def main() -> None:
             ("twice the spread", 0.12, 2.0),
         ):
             for slowdown in (1.0, 1.1, 1.2):
-                found = rates(policy, noisy(slowdown, bad, spread, seed=int(slowdown * 100)), 1000)
+                found = rates(policy, noisy(slowdown, bad, spread, seed=int(slowdown * 100)), 400)
                 say(f"  noise, {label:17} x{slowdown:4}: {found}\n")
         paths = [Path(path) for path in sys.argv[1:]]
         if paths:
             runs = live(paths)
-            say(f"  mock, {len(runs[1.0])} rounds\n")
+            say(f"  mock, {len(runs[1.0])} rounds of valid runs\n")
             for slowdown in runs:
                 found = rates(policy, windows(runs, slowdown, 200), 200)
                 say(f"  mock                     x{slowdown:4}: {found}\n")
