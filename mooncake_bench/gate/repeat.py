@@ -15,6 +15,7 @@ from mooncake_bench.gate.repeated import Batch
 from mooncake_bench.replay.options import flags
 
 NOT_AGAIN = ("out", "name", "url", "salt", "search", "search_from", "search_to")
+TRIES = 3
 INVALID_RUN = 3  # Exit code of a replay that wrote an invalid run: judged as one.
 
 
@@ -44,10 +45,17 @@ class Repeater:
         for number in range(1, repeats + 1):
             sides = ["baseline", "candidate"]
             for side in sides if number % 2 else reversed(sides):
-                made[side].append(
-                    self.run(side, self.directory / f"{name}-{side}-{number}", number)
-                )
+                out = self.directory / f"{name}-{side}-{number}"
+                made[side].append(self.valid_run(side, out, number))
         return Batch(made["baseline"], made["candidate"])
+
+    def valid_run(self, side: str, out: Path, number: int) -> Evidence:
+        """A run, made anew if it is invalid: a machine that was busy for a moment says nothing."""
+        for _ in range(TRIES):
+            made = self.run(side, out, number)
+            if made.info is None or made.info.valid:
+                break
+        return made
 
     def run(self, side: str, out: Path, number: int) -> Evidence:
         """One run of one side; what the command says goes to a log beside the run."""

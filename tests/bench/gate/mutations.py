@@ -29,26 +29,26 @@ MUTATIONS = (
     (
         "fetch threshold flipped",
         POLICIES + "scheduling.py",
-        "holder.tokens > self.balancing_threshold * instance.reused_tokens",
-        "holder.tokens < self.balancing_threshold * instance.reused_tokens",
+        "holder.tokens > self.balancing_threshold * reused_tokens",
+        "holder.tokens < self.balancing_threshold * reused_tokens",
     ),
     (
         "queue term dropped from Algorithm 1",
         POLICIES + "scheduling.py",
-        "        start_s = instance.queue_s\n",
-        "        start_s = 0.0\n",
+        "self.ttft_s(request, view, prefill.queue_s)",
+        "self.ttft_s(request, view, 0.0 * prefill.queue_s)",
     ),
     (
         "transfer term dropped from Algorithm 1",
         POLICIES + "scheduling.py",
-        "return transfer_s + start_s + prefill_s",
-        "return start_s + prefill_s",
+        "transfer_s.append((moving_s, instances))",
+        "transfer_s.append((0.0, instances))",
     ),
     (
         "ties to the highest id",
         POLICIES + "scheduling.py",
-        "options.append((ttft_s, instance.context_tokens, instance.id, fetch))",
-        "options.append((ttft_s, instance.context_tokens, -instance.id, fetch))",
+        "chosen = int(first.argmin())",
+        "chosen = len(first) - 1 - int(first[::-1].argmin())",
     ),
     (
         "local cache aware fetches too",
@@ -59,26 +59,26 @@ MUTATIONS = (
     (
         "least loaded takes the most loaded",
         POLICIES + "scheduling.py",
-        "instance = min(view.prefill, key=lambda",
-        "instance = max(view.prefill, key=lambda",
+        "least(view.prefill.queue_s, view.prefill.context_tokens)",
+        "least(-view.prefill.queue_s, view.prefill.context_tokens)",
     ),
     (
         "random always takes the first",
         POLICIES + "scheduling.py",
-        "self.rng.choice(view.prefill)",
-        "view.prefill[0]",
+        "self.rng.choice(range(len(view.prefill)))",
+        "0",
     ),
     (
         "decode choice blind to what is expected",
         POLICIES + "scheduling.py",
-        "step_s(one.batch + one.expected, one.context_tokens + one.expected_tokens)",
-        "step_s(one.batch, one.context_tokens)",
+        "batch = instances.batch + instances.expected",
+        "batch = instances.batch",
     ),
     (
         "decode choice blind to room",
         POLICIES + "scheduling.py",
-        "one.free_tokens < kv_tokens,",
-        "False,",
+        "step_s[is_full] = np.inf",
+        "step_s[is_full] *= 1.0",
     ),
     (
         "TTFT limit doubled",
@@ -173,8 +173,8 @@ MUTATIONS = (
     (
         "stale reports: the placed are forgotten",
         "reference_cluster/reports.py",
-        "self.queues_s[placement.prefill] += prefill_s",
-        "self.queues_s[placement.prefill] += 0.0",
+        "self.queued_s[placement.prefill] += prefill_s",
+        "self.queued_s[placement.prefill] += 0.0",
     ),
 )
 
