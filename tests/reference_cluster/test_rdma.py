@@ -11,7 +11,8 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -61,9 +62,15 @@ async def over(
         memory.close()
 
 
-def run_with_peer(script: Callable[[Peer], Awaitable[None]], size: int = SIZE) -> None:
-    with other_process("rdma", size) as peer:
-        asyncio.run(asyncio.wait_for(script(peer), 240))
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    """One other process for all tests: to start one takes an emulated machine many seconds."""
+    with other_process("rdma") as process:
+        yield process
+
+
+def run(script: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(script, 240))
 
 
 def sent_packets(device: str) -> int:
@@ -94,9 +101,9 @@ def test_a_gib_goes_over_in_slices() -> None:
     """
     half = 64 * MIB
     rounds = max(1, int(os.environ.get("RDMA_MIB", "1024")) * MIB // (2 * half))
+    upper, lower = [Range(0, half)], [Range(half, half)]
 
     async def script(peer: Peer) -> None:
-        upper, lower = [Range(0, half)], [Range(half, half)]
         async with over(size=2 * half) as own:
             memory = np.frombuffer(own.memory.buffer, np.uint32)
             for number in range(rounds):
@@ -108,13 +115,33 @@ def test_a_gib_goes_over_in_slices() -> None:
                 assert crc(own.memory, *lower) == crc(own.memory, *upper)
             del memory
 
-    run_with_peer(script, 2 * half)
+    with other_process("rdma", 2 * half) as larger:
+        run(script(larger))
 
 
-def test_a_wrong_rkey_is_called_so() -> None:
+def test_a_batch_is_read_and_written_pairwise(peer: Peer) -> None:
+    """Ranges of all sizes, one of them of several slices, change places on the way."""
+    lengths = [1, 100, 4096, 65_537, MIB, 3 * MIB + 5]
+    offsets = [sum(lengths[:i]) + 7 * i for i in range(len(lengths))]
+    here = [Range(offset, length) for offset, length in zip(offsets, lengths, strict=True)]
+    there = [Range(SIZE - one.offset - one.length, one.length) for one in here]
+
+    async def script() -> None:
+        async with over() as own:
+            fill(own.memory, 20)
+            await own.transport.write(peer.endpoint, here, there, 30.0)
+            assert crc(own.memory, *here) == crc(peer.memory, *there)
+            fill(own.memory, 21)
+            await own.transport.read(peer.endpoint, there, here, 30.0)
+            assert crc(own.memory, *here) == crc(peer.memory, *there)
+
+    run(script())
+
+
+def test_a_wrong_rkey_is_called_so(peer: Peer) -> None:
     """The peer's device refuses it; with the right one all goes on."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         async with over() as own:
             assert isinstance(own.transport, RdmaTransport)
             await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
@@ -131,14 +158,14 @@ def test_a_wrong_rkey_is_called_so() -> None:
             await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
             assert crc(peer.memory) == crc(own.memory)
 
-    run_with_peer(script)
+    run(script())
 
 
 @needs_spare
-def test_preferred_devices_share_the_load() -> None:
+def test_preferred_devices_share_the_load(peer: Peer) -> None:
     """Half of 32 MiB is about 4,096 packets of 4 KiB on either."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         devices = [*STEADY, SPARE]
         async with over(*devices) as own:
             before = [sent_packets(device) for device in devices]
@@ -147,20 +174,22 @@ def test_preferred_devices_share_the_load() -> None:
         for first, last in zip(before, after, strict=True):
             assert last - first > 1000
 
-    run_with_peer(script)
+    run(script())
 
 
 @needs_spare
 @pytest.mark.parametrize("what", ["read", "write"])
-def test_a_failed_device_s_slices_go_by_the_other(link_restored: None, what: str) -> None:
+def test_a_failed_device_s_slices_go_by_the_other(
+    link_restored: None, what: str, peer: Peer
+) -> None:
     """The preferred device goes down under a transfer; the secondary one does what is left."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         async with over(SPARE, secondary=(STEADY[0],)) as own:
             move = own.transport.read if what == "read" else own.transport.write
             fill(own.memory, 8)
             before = sent_packets(SPARE)
-            task = asyncio.create_task(move(peer.endpoint, WHOLE * 4, WHOLE * 4, 30.0))
+            task = asyncio.create_task(move(peer.endpoint, WHOLE * 2, WHOLE * 2, 30.0))
             await until(lambda: sent_packets(SPARE) >= before + 100)
             idle = sent_packets(STEADY[0])
             await asyncio.to_thread(set_link, "down")
@@ -169,14 +198,14 @@ def test_a_failed_device_s_slices_go_by_the_other(link_restored: None, what: str
             assert crc(own.memory) == crc(peer.memory)
             assert sent_packets(STEADY[0]) > idle
 
-    run_with_peer(script)
+    run(script())
 
 
 @needs_spare
-def test_a_failed_queue_pair_is_replaced_by_a_new_one(link_restored: None) -> None:
+def test_a_failed_queue_pair_is_replaced_by_a_new_one(link_restored: None, peer: Peer) -> None:
     """A device that was down for a moment has broken its queue pairs, and can make others."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         async with over(SPARE) as own:
             await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
             await asyncio.to_thread(set_link, "down")
@@ -185,14 +214,14 @@ def test_a_failed_queue_pair_is_replaced_by_a_new_one(link_restored: None) -> No
             await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
             assert crc(own.memory) == crc(peer.memory)
 
-    run_with_peer(script)
+    run(script())
 
 
 @needs_spare
-def test_without_a_path_the_error_names_them(link_restored: None) -> None:
+def test_without_a_path_the_error_names_them(link_restored: None, peer: Peer) -> None:
     """The peer lives, so it is not called gone, long before the deadline."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         async with over(SPARE) as own:
             await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
             await asyncio.to_thread(set_link, "down")
@@ -201,13 +230,13 @@ def test_without_a_path_the_error_names_them(link_restored: None) -> None:
             assert not caught.value.peer_is_gone
             assert "\n" not in str(caught.value)
 
-    run_with_peer(script)
+    run(script())
 
 
-def test_a_deadline_in_mid_transfer_is_kept() -> None:
+def test_a_deadline_in_mid_transfer_is_kept(peer: Peer) -> None:
     """The batch is given up, our memory is left alone, and the next one goes as ever."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         async with over() as own:
             await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
             begin_s = asyncio.get_running_loop().time()
@@ -222,13 +251,13 @@ def test_a_deadline_in_mid_transfer_is_kept() -> None:
             await own.transport.write(peer.endpoint, WHOLE, WHOLE, 10.0)
             assert crc(peer.memory) == before
 
-    run_with_peer(script)
+    run(script())
 
 
-def test_a_peer_that_never_answers_costs_the_deadline() -> None:
+def test_a_peer_that_never_answers_costs_the_deadline(peer: Peer) -> None:
     """Stopped before we met: the connection stands, but nobody lets us in."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         async with over() as own:
             peer.pause()
             with pytest.raises(TransportError, match="not done within"):
@@ -237,7 +266,30 @@ def test_a_peer_that_never_answers_costs_the_deadline() -> None:
             await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
             assert crc(own.memory) == crc(peer.memory)
 
-    run_with_peer(script)
+    run(script())
+
+
+def test_a_peer_killed_in_mid_transfer_is_gone() -> None:
+    """The end of its connection tells it at once, long before the deadline; the other goes on."""
+
+    async def script(victim: Peer) -> None:
+        async with over() as own:
+            await own.transport.read(victim.endpoint, WHOLE, WHOLE, 30.0)
+            task = asyncio.create_task(
+                own.transport.write(victim.endpoint, WHOLE * 100, WHOLE * 100, 60.0)
+            )
+            await asyncio.sleep(0.05)
+            assert not task.done()
+            await asyncio.to_thread(victim.kill)
+            with pytest.raises(TransportError, match="has gone") as caught:
+                await task
+            assert caught.value.peer_is_gone
+            with pytest.raises(TransportError, match="does not listen") as caught:
+                await own.transport.read(victim.endpoint, WHOLE, WHOLE, 30.0)
+            assert caught.value.peer_is_gone
+
+    with other_process("rdma") as process:
+        run(script(process))
 
 
 async def spoken(peer: Endpoint, *words: bytes) -> bytes:
@@ -250,12 +302,12 @@ async def spoken(peer: Endpoint, *words: bytes) -> bytes:
     return answer
 
 
-def test_strangers_are_told_why_and_shown_out() -> None:
+def test_strangers_are_told_why_and_shown_out(peer: Peer) -> None:
     """Another protocol or version, a message without end: refused; the door stays open."""
     other = msgspec.msgpack.encode(control.Hello(control.VERSION + 1, b"k"))
     early = msgspec.msgpack.encode(control.Unpair(1))
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         for words, reason in (
             (b"GET / HTTP/1.1\r\n\r\n", b"a Hello comes first"),
             (b"\x7f\xff\xff\xff", b"a Hello comes first"),
@@ -267,7 +319,7 @@ def test_strangers_are_told_why_and_shown_out() -> None:
             await own.transport.read(peer.endpoint, WHOLE, WHOLE, 10.0)
             assert crc(own.memory) == crc(peer.memory)
 
-    run_with_peer(script)
+    run(script())
 
 
 def queue_pairs() -> int:
@@ -276,10 +328,10 @@ def queue_pairs() -> int:
 
 
 @needs_spare
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_behind(peer: Peer) -> None:
     """Queue pairs are kept for the next transfer; forgotten, they go on both sides."""
 
-    async def script(peer: Peer) -> None:
+    async def script() -> None:
         files = event_descriptors()
         at_first = queue_pairs()
         async with over() as own:
@@ -292,7 +344,7 @@ def test_nothing_is_left_behind() -> None:
             await until(lambda: queue_pairs() == at_first)
         assert event_descriptors() == files
 
-    run_with_peer(script)
+    run(script())
 
 
 class NamedNic:
