@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,8 +46,18 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] |
     return out.transpose(1, 2).reshape(q.shape[2], -1)
 
 
-class DecodeTable:
-    """The pages that a decode step reads and whose they are; built when a page or a member comes.
+class DecodeTable(Protocol):
+    """The pages that a decode step reads, and whose they are."""
+
+    def advance(self, offsets: Tensor) -> None:
+        """One more token a sequence, at `offsets` [sequence] of the same last pages."""
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """q [sequence, head, dim], keys and values [page, KV head, token, dim] of a layer."""
+
+
+class TorchTable:
+    """The pages of a step for any device and dtype; built when a page or a member comes.
 
     `members` are (pages, tokens) of each sequence, the new token included. Queries are copied to
     the pages, not pages to the queries: each page is multiplied where it lies, with the query of
@@ -83,11 +94,9 @@ class DecodeTable:
         self.last_cells = (lasts * size).to(device)  # Where each sequence's last page begins.
 
     def advance(self, offsets: Tensor) -> None:
-        """One more token a sequence, at `offsets` [sequence] of the same last pages."""
         self.bias.view(-1).index_fill_(0, self.last_cells + offsets, 0.0)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """q [sequence, head, dim], keys and values [page, KV head, token, dim] of a layer."""
         keys, values = keys[self.rows], values[self.rows]
         pages, kv_heads, _, dim = keys.shape
         heads = q.shape[1]

@@ -35,6 +35,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_tokens: int = 65536  # The KV cache of all layers holds so many.
     page_tokens: int = 128
     tensor_parallel: int = 1
+    native: bool = True  # Decode attention in C, where there is a compiler.
 
     @property
     def directory(self) -> Path | None:
@@ -68,7 +69,7 @@ def build_runner(
         device,
         share.ranks,
     )
-    return Runner(Llama(architecture, weights, cache, share.ranks, all_reduce))
+    return Runner(Llama(architecture, weights, cache, share.ranks, all_reduce), config.native)
 
 
 def get_weights(

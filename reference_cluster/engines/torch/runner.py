@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from reference_cluster.engines.torch.attention import DecodeTable
+from reference_cluster.engines.torch.attention import DecodeTable, TorchTable
 from reference_cluster.engines.torch.blocks import Moves
 from reference_cluster.engines.torch.llama import ChunkSpan, Llama, Pass
+from reference_cluster.engines.torch.native import GROUP_MAX, NativeTable, compiled, is_for
 from reference_cluster.engines.torch.sampling import GREEDY, Sampling, choose
 from reference_cluster.errors import ClusterError
 
@@ -47,9 +48,11 @@ class Work(NamedTuple):
 class Runner:
     """Runs steps on one model replica. Whoever calls has made sure that the pages suffice."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, is_native: bool = True) -> None:
         self.model = model
         self.cache = model.cache
+        is_native = is_native and is_for(self.cache) and model.heads // model.kv_heads <= GROUP_MAX
+        self.native = compiled(self.cache.head_dim) if is_native else None
         self.table: DecodeTable | None = None
         self.members: list[Tokens] = []  # Of the table.
         self.steps = 0
@@ -126,10 +129,15 @@ class Runner:
         offsets = [(len(one.ids) - 1) % size for one in decodes]
         if self.table is None or not all(offsets) or self.members != list(decodes):
             held = [(one.pages, len(one.ids)) for one in decodes]
-            self.table = DecodeTable(self.cache, held)
+            self.table = self.new_table(held)
             self.members = list(decodes)
         else:
             self.table.advance(torch.tensor(offsets, device=self.model.device))
+
+    def new_table(self, held: Sequence[tuple[Sequence[int], int]]) -> DecodeTable:
+        if self.native is None:
+            return TorchTable(self.cache, held)
+        return NativeTable(self.native, self.cache, held)
 
     def forget(self, tokens: Tokens) -> None:
         """Its pages go back; what was computed in them is lost."""

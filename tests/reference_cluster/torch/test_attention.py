@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -12,9 +13,11 @@ import torch.nn.functional as F  # noqa: E402, N812
 from reference_cluster.engines.torch.architecture import PRESETS  # noqa: E402
 from reference_cluster.engines.torch.attention import (  # noqa: E402
     DecodeTable,
+    TorchTable,
     attend_chunk,
     attend_masked,
 )
+from reference_cluster.engines.torch.native import NativeTable, compiled  # noqa: E402
 from reference_cluster.engines.torch.pages import PagedCache  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -28,8 +31,18 @@ def plain(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Te
     return out[0, :, 0].reshape(-1)
 
 
+def make(kind: str, cache: PagedCache, members: Sequence[tuple[Sequence[int], int]]) -> DecodeTable:
+    if kind == "torch":
+        return TorchTable(cache, members)
+    function = compiled(cache.head_dim)
+    if function is None:
+        pytest.skip("no C compiler here")
+    return NativeTable(function, cache, members)
+
+
 @pytest.mark.parametrize("scatter", [1, 10], ids=["dense", "scattered"])
-def test_a_batch_attends_to_its_own_pages(scatter: int) -> None:
+@pytest.mark.parametrize("kind", ["torch", "native"])
+def test_a_batch_attends_to_its_own_pages(scatter: int, kind: str) -> None:
     """Sequences of different lengths, pages in any order, pages of others between them."""
     torch.manual_seed(0)
     numbers = random.Random(2)
@@ -38,8 +51,7 @@ def test_a_batch_attends_to_its_own_pages(scatter: int) -> None:
     lengths = [1, 15, 16, 17, 90, 33]
     free = numbers.sample(range(25 * scatter), 20)
     pages = [[free.pop() for _ in range(cache.pages_for(length))] for length in lengths]
-    table = DecodeTable(cache, list(zip(pages, lengths, strict=True)))
-    assert isinstance(table.rows, slice) == (scatter == 1)
+    table = make(kind, cache, list(zip(pages, lengths, strict=True)))
     q = torch.randn(len(lengths), 4, 64)
     out = table.attend(q, *cache.kv[2])
     for row, (held, length) in enumerate(zip(pages, lengths, strict=True)):
@@ -47,15 +59,16 @@ def test_a_batch_attends_to_its_own_pages(scatter: int) -> None:
         torch.testing.assert_close(out[row], plain(q[row], keys[0], values[0]))
 
 
-def test_a_table_goes_on_to_the_next_token() -> None:
+@pytest.mark.parametrize("kind", ["torch", "native"])
+def test_a_table_goes_on_to_the_next_token(kind: str) -> None:
     """One more token on the last pages is seen without building the table anew."""
     torch.manual_seed(0)
     cache = PagedCache(PRESETS["tiny"], 8, 16, torch.float32, torch.device("cpu"))
     cache.kv.normal_()
     q = torch.randn(2, 4, 64)
-    table = DecodeTable(cache, [([0, 1], 20), ([2], 7)])
+    table = make(kind, cache, [([0, 1], 20), ([2], 7)])
     table.advance(torch.tensor([20 % 16, 7]))
-    fresh = DecodeTable(cache, [([0, 1], 21), ([2], 8)])
+    fresh = make(kind, cache, [([0, 1], 21), ([2], 8)])
     torch.testing.assert_close(table.attend(q, *cache.kv[0]), fresh.attend(q, *cache.kv[0]))
 
 
