@@ -13,9 +13,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: make test-torch")
 
 from reference_cluster.engines.torch.blocks import KvBlocks, Moves, load_all  # noqa: E402
+from reference_cluster.engines.torch.parallel import join, leave  # noqa: E402
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner  # noqa: E402
 from reference_cluster.engines.torch.runner import Runner, Tokens, Work  # noqa: E402
 from reference_cluster.engines.torch.sampling import Sampling  # noqa: E402
+from reference_cluster.engines.torch.weights import Share  # noqa: E402
 from reference_cluster.errors import ConfigError  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -58,16 +60,29 @@ def slots_of(prompts: Sequence[Sequence[int]]) -> list[tuple[list[int], int]]:
     return placed
 
 
-def replica(model: str, page_tokens: int, dtype: str) -> Runner:
+ALONE = (0, 1, "")  # Rank, ranks, and where they meet.
+Rank = tuple[int, int, str]
+
+
+def replica(model: str, page_tokens: int, dtype: str, place: Rank = ALONE) -> Runner:
     torch.set_num_threads(1)
-    return build_runner(ReplicaConfig(model, dtype=dtype, page_tokens=page_tokens, kv_tokens=8192))
+    rank, ranks, address = place
+    settings = ReplicaConfig(
+        model, dtype=dtype, page_tokens=page_tokens, kv_tokens=8192, tensor_parallel=ranks
+    )
+    return build_runner(settings) if ranks == 1 else join(settings, rank, address)
 
 
-def blocks_over(memory: SharedMemory, runner: Runner) -> KvBlocks:
+def blocks_over(memory: SharedMemory, runner: Runner, place: Rank) -> KvBlocks:
     model = runner.model
     assert memory.buf is not None
     return KvBlocks(
-        memory.buf, model.config, model.weights.embedding.dtype, BLOCK_TOKENS, runner.cache
+        memory.buf,
+        model.config,
+        model.weights.embedding.dtype,
+        BLOCK_TOKENS,
+        runner.cache,
+        Share(*place[:2]),
     )
 
 
@@ -79,12 +94,12 @@ def compute_prompt(runner: Runner, tokens: Tokens, chunk_tokens: int) -> None:
 
 
 def prefill_all(
-    model: str, name: str, page_tokens: int, dtype: str, chunk_tokens: int
+    model: str, name: str, page_tokens: int, dtype: str, chunk_tokens: int, place: Rank = ALONE
 ) -> list[int]:
     """A process that only prefills: KV goes into shared memory; returns the first tokens."""
     memory = SharedMemory(name)
-    runner = replica(model, page_tokens, dtype)
-    blocks = blocks_over(memory, runner)
+    runner = replica(model, page_tokens, dtype, place)
+    blocks = blocks_over(memory, runner, place)
     prompts = make_prompts()
     first = []
     for prompt, (slots, reused) in zip(prompts, slots_of(prompts), strict=True):
@@ -93,16 +108,18 @@ def prefill_all(
         compute_prompt(runner, tokens, chunk_tokens)
         first.append(tokens.ids[-1])
         runner.forget(tokens)
+    if place != ALONE:
+        leave()
     return first
 
 
 def decode_all(
-    model: str, name: str, page_tokens: int, dtype: str, first: list[int]
+    model: str, name: str, page_tokens: int, dtype: str, first: list[int], place: Rank = ALONE
 ) -> list[list[int]]:
     """Another process that only decodes, from nothing but the bytes and the first tokens."""
     memory = SharedMemory(name)
-    runner = replica(model, page_tokens, dtype)
-    blocks = blocks_over(memory, runner)
+    runner = replica(model, page_tokens, dtype, place)
+    blocks = blocks_over(memory, runner, place)
     prompts = make_prompts()
     answers = []
     for prompt, (slots, _), token in zip(prompts, slots_of(prompts), first, strict=True):
@@ -115,6 +132,8 @@ def decode_all(
             runner.run([], [tokens])
         answers.append(tokens.produced)
         runner.forget(tokens)
+    if place != ALONE:
+        leave()
     return answers
 
 
@@ -174,6 +193,30 @@ def test_prefill_and_decode_in_two_processes_say_what_one_engine_says(
         zeroed = pool.apply(decode_all, (model, memory.name, decode_pages, "float32", first))
     differing = sum(a != b for a, b in zip(zeroed, expected, strict=True))
     assert differing >= PROMPTS - 2  # Of a prompt of one or two tokens little is lost.
+
+
+def test_two_ranks_on_each_side_say_what_one_engine_says(
+    llama: Path, memory: SharedMemory, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Tensor parallel over gloo: each rank computes, stores and loads the bytes of its heads.
+
+    A decode instance of one rank reads what two have written.
+    """
+    model, count = str(llama), range(2)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+
+        def both(work: object, *arguments: object) -> list[object]:
+            address = f"file://{tmp_path}/{work.__name__}"
+            ranks = [
+                (model, memory.name, 16, "float32", *arguments, (r, 2, address)) for r in count
+            ]
+            return [one.get(200) for one in [pool.apply_async(work, rank) for rank in ranks]]
+
+        first, same = both(prefill_all, 100)
+        assert first == same
+        assert both(decode_all, first) == [expected, expected]
+        alone = pool.apply(decode_all, (model, memory.name, 32, "float32", first))
+    assert alone == expected
 
 
 def test_bfloat16_bytes_carry_the_same_answers(llama_bf16: Path) -> None:
