@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
+from reference_cluster.request import Block
+
 
 def prefix_hashes(token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
     """64-bit keys, one a block of `block_tokens`, the last possibly partial.
@@ -20,6 +22,24 @@ def prefix_hashes(token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...
     for start in range(0, len(data), stride):
         key = blake2b(data[start : start + stride], key=key, digest_size=8).digest()
         keys.append(int.from_bytes(key, "little"))
+    return tuple(keys)
+
+
+def blocks_of_resumed(
+    blocks: Sequence[Block], input_tokens: int, produced_tokens: int, block_tokens: int, id: int
+) -> tuple[Block, ...]:
+    """Keys of a prompt and the tokens produced for it, where request `id` goes on elsewhere.
+
+    Full blocks of the prompt stay what they are. What follows is nobody else's: the keys hash the
+    request's id, and how many tokens a block has.
+    """
+    full = input_tokens // block_tokens
+    keys = list(blocks[:full])
+    for start in range(full * block_tokens, input_tokens + produced_tokens, block_tokens):
+        tokens = min(block_tokens, input_tokens + produced_tokens - start)
+        parent = keys[-1] if keys else None
+        digest = blake2b(repr((parent, id, tokens)).encode(), digest_size=8).digest()
+        keys.append(int.from_bytes(digest, "little"))
     return tuple(keys)
 
 

@@ -21,6 +21,7 @@ from reference_cluster.parts import Parts
 from reference_cluster.policies.admission import Rejected, make_admission
 from reference_cluster.policies.scheduling import Placement, make_scheduling
 from reference_cluster.prefill import PrefillLoad
+from reference_cluster.recovery import Recovery
 from reference_cluster.replicator import Replicator
 from reference_cluster.reports import Decoding, LoadReports, Queueing
 from reference_cluster.request import OnEnd, Request
@@ -51,6 +52,7 @@ class Cluster:
         self.samples = Samples(config.sample_every_s)
         self.counts: Counter[str] = Counter()
         self.in_flight: dict[int, Request] = {}
+        self.lost: dict[str, None] = {}  # Names of instances.
         self.replicator: Replicator | None = None
         self.parts = parts = Parts(config, profile, steps_max)
         is_colocated = config.system == "colocated"
@@ -61,7 +63,7 @@ class Cluster:
         if directory is None:
             self.house = Inside(parts, self.index, self.ended)
         else:
-            self.house = Workers(parts, self.index, self.ended, directory)
+            self.house = Workers(parts, self.index, self.ended, directory, self)
         make = self.house
         self.prefill: list[Any] = []
         self.decode: list[Any] = []
@@ -83,6 +85,7 @@ class Cluster:
             parts.capacity_tokens,
             self.make_reports(self.prefill or self.colocated, self.decode or self.colocated),
         )
+        self.recovery = Recovery(self, config)
         if config.prefill.replicate_keys and not is_colocated:
             self.replicator = Replicator(config.prefill, self.index, self.house.copy)
 
@@ -107,9 +110,8 @@ class Cluster:
         """Serve until cancelled: the one TaskGroup of the cluster."""
         async with asyncio.TaskGroup() as group:
             self.house.start(group)
-            group.create_task(
-                self.samples.run([*map(self.sampled, self.instances)]), name="samples"
-            )
+            rows = [InstanceSample(self, one.name) for one in self.instances]
+            group.create_task(self.samples.run([*rows]), name="samples")
             if self.conductor.reports is not None:
                 group.create_task(self.conductor.reports.run(), name="load reports")
             if self.replicator is not None:
@@ -121,29 +123,27 @@ class Cluster:
 
     def submit(self, request: Request) -> Rejected | None:
         """Let a request in now, or not; how it ends is told to its sink and to `on_end`."""
-        now_s = self.loop.time()
         if self.replicator is not None:
             self.replicator.asked_for(request)
-        decision = self.conductor.decide(request, self.in_flight.values(), now_s)
+        decision = self.conductor.decide(request, self.in_flight.values(), self.loop.time())
         self.in_flight[request.id] = request
         if isinstance(decision, Rejected):
             request.status, request.reason = "rejected", decision.reason
             self.ended(request)
             return decision
-        request.timeline.placed_s = now_s
-        if self.colocated:
-            instance = self.colocated[decision.prefill]
-            request.prefill = request.decode = instance.name
-            instance.accept(request, decision)
-        else:
-            self.dispatch(request, decision)
+        self.dispatch(request, decision)
         return None
 
     def dispatch(self, request: Request, placement: Placement) -> None:
         """Expect at the decode instance, queue at the prefill instance: the rest is theirs."""
-        prefill, decode = self.prefill[placement.prefill], self.decode[placement.decode]
-        request.prefill, request.decode = prefill.name, decode.name
-        decode.expect(request)
+        request.timeline.placed_s = self.loop.time()
+        if self.colocated:
+            prefill = self.colocated[placement.prefill]
+            request.prefill = request.decode = prefill.name
+        else:
+            prefill, decode = self.prefill[placement.prefill], self.decode[placement.decode]
+            request.prefill, request.decode = prefill.name, decode.name
+            decode.expect(request)
         prefill.accept(request, placement)
 
     def cancel(self, request: Request, reason: str = "client disconnected") -> None:
@@ -151,19 +151,25 @@ class Cluster:
         boundary of whatever computes for it."""
         if request.has_ended:
             return
+        attempt = self.recovery.attempts.get(request.id, request)
+        attempt.status, attempt.reason = "failed", reason
+        self.withdraw(attempt)
+        self.ended(attempt)
+
+    def withdraw(self, request: Request) -> None:
+        """Whoever computes for it stops at its next boundary."""
         request.is_cancelled = True
-        request.status, request.reason = "failed", reason
         if request.decode is not None:
             if self.colocated:
                 self.colocated[number(request.decode)].cancel(request)
             else:
                 self.decode[number(request.decode)].cancel(request)
                 self.prefill[number(request.prefill)].cancel(request)
-        self.ended(request)
 
-    def ended(self, request: Request) -> None:
+    def ended(self, attempt: Request) -> None:
         """Finished, rejected or failed: the last that happens to a request."""
-        del self.in_flight[request.id]
+        del self.in_flight[attempt.id]
+        request = self.recovery.settle(attempt)
         if request.status == "finished":
             self.conductor.learn(request)
         if request.timeline.finished_s is None:
@@ -173,30 +179,74 @@ class Cluster:
             request.sink.ended(request)
         self.on_end(request)
 
-    # ---- looking at it -----------------------------------------------------------------------
+    # ---- losing instances --------------------------------------------------------------------
 
-    def sampled(self, instance: Any) -> Any:
-        return InstanceSample(self, instance)
+    def lose(self, name: str) -> None:
+        """An instance ends at once, with all that it holds; its requests go on elsewhere, or end.
+
+        It keeps its place, where nobody is sent until it joins again.
+        """
+        instances, id = self.place_of(name)
+        if name in self.lost:
+            return
+        self.lost[name] = None
+        gone = instances[id]
+        gone.is_shunned = True
+        self.house.drop(name, self.loop.time())
+        gone.detach()
+        if gone not in self.decode:
+            self.index.cleared(id)
+        instances[id] = fresh = self.house.make(name)
+        fresh.is_shunned = True
+        self.conductor.follow(id, self.loop.time())
+        self.recovery.lost(name)
+
+    def rejoin(self, name: str) -> None:
+        """A lost instance is back, and knows nothing of before."""
+        if name in self.lost:
+            del self.lost[name]
+            self.house.begin(name)
+            self.shun(name, False)
+            self.recovery.joined()
+
+    def shun(self, name: str, is_shunned: bool) -> None:
+        """Send nobody there any more, or again; what is there stays."""
+        instances, id = self.place_of(name)
+        if name not in self.lost and instances[id].is_shunned != is_shunned:
+            instances[id].is_shunned = is_shunned
+            self.conductor.follow(id, self.loop.time())
+
+    def broken(self, id: int, reason: str) -> None:
+        """Something that a request needs has failed, though its instances live."""
+        self.recovery.broken(id, reason)
+
+    def place_of(self, name: str) -> tuple[list[Any], int]:
+        """The list of its kind, and its position there."""
+        of_role = {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}
+        return of_role[name.rsplit("-", 1)[0]], number(name)
+
+    # ---- looking at it -----------------------------------------------------------------------
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the books of any part do not balance."""
         # The bytes of a request that has failed may still be on their way.
         replicating = self.replicator is not None and self.replicator.under_way
-        self.house.check_integrity(not (self.in_flight or self.counts["failed"] or replicating))
+        given_up = self.counts["failed"] or self.recovery.counts
+        self.house.check_integrity(not (self.in_flight or given_up or replicating))
 
 
 class InstanceSample:
     """One instance as a row of SAMPLE_COLUMNS."""
 
-    def __init__(self, cluster: Cluster, instance: Any) -> None:
+    def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster = cluster
-        self.instance = instance
+        self.instances, self.id = cluster.place_of(name)
 
     def sample(self, now_s: float) -> tuple[Any, ...]:
-        slo, one = self.cluster.config.slo, self.instance
+        slo, one = self.cluster.config.slo, self.instances[self.id]
         if isinstance(one, PrefillLoad):
             pool = one.pool
-            load = one.queue_s(now_s) / slo.ttft_s
+            load = 0.0 if one.is_shunned else one.queue_s(now_s) / slo.ttft_s
             running = int(one.running is not None)
             link = self.cluster.transport.sent_bytes_per_s(one.id)
             used, size = pool.used, pool.capacity
@@ -210,7 +260,8 @@ class InstanceSample:
             used = batch.kv_tokens // self.cluster.config.block_tokens
             role, running = "decode", batch.size
         else:
-            load = max(load, one.queue_s(now_s) / slo.ttft_s)
+            if not one.is_shunned:
+                load = max(load, one.queue_s(now_s) / slo.ttft_s)
             size, used = one.pool.capacity, one.pool.used
             role, running = "colocated", batch.size + len(one.started)
         return now_s, one.name, role, load, waiting, running, context, used, size, 0.0

@@ -12,10 +12,10 @@ from reference_cluster.config import ColocatedConfig
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
 from reference_cluster.kvpool.index import PrefixIndex
-from reference_cluster.kvpool.pool import BlockPool, PoolUse
+from reference_cluster.kvpool.pool import BlockPool, PoolUse, ignore
 from reference_cluster.policies.batching import Chunk, DecodeBatch, fill_step
 from reference_cluster.policies.scheduling import Placement
-from reference_cluster.policies.view import DecodeView
+from reference_cluster.policies.view import LOST_TOKENS, DecodeView
 from reference_cluster.reports import BatchLoad, LoadChanged, nobody
 from reference_cluster.request import Request
 
@@ -37,6 +37,7 @@ class ColocatedLoad:
         self.cost = cost
         self.block_tokens = block_tokens
         self.capacity_blocks = capacity_blocks
+        self.is_shunned = False  # Nobody is to be placed here.
         self.pool: PoolUse
         self.batch = DecodeBatch()
         self.waiting: deque[Request] = deque()
@@ -54,11 +55,19 @@ class ColocatedLoad:
         return -(-request.kv_tokens // self.block_tokens)
 
     def queue_s(self, now_s: float) -> float:
+        if self.is_shunned:
+            return float("inf")
         return sum(self.predicted_s.values()) + max(0.0, self.running_end_s - now_s)
 
     def queue_load(self) -> tuple[float, float]:
         """Seconds of work that wait, and until when it is busy with what runs."""
+        if self.is_shunned:
+            return float("inf"), 0.0
         return sum(self.predicted_s.values()), self.running_end_s
+
+    def detach(self) -> None:
+        """It is lost: whatever still happens to it concerns nobody."""
+        self.load_changed = nobody
 
     tiered_blocks = None
 
@@ -85,7 +94,7 @@ class ColocatedLoad:
             self.batch.context_tokens_at(now_s, self.cost),
             len(coming),
             sum(request.input_tokens for request in coming),
-            free_blocks * self.block_tokens,
+            LOST_TOKENS if self.is_shunned else free_blocks * self.block_tokens,
         )
 
 
@@ -121,6 +130,10 @@ class ColocatedInstance(ColocatedLoad):
     @property
     def running_blocks(self) -> int:
         return self.pool.reserved + len(self.pool.pins)
+
+    def detach(self) -> None:
+        super().detach()
+        self.pool.on_stored = self.pool.on_evicted = ignore
 
     def accept(self, request: Request, placement: Placement) -> None:
         self.waiting.append(request)

@@ -11,7 +11,7 @@ from reference_cluster.cost_model import CostModel
 from reference_cluster.kvpool.index import Prefixes, PrefixIndex
 from reference_cluster.policies.admission import Admission, Rejected
 from reference_cluster.policies.scheduling import Placement, Scheduling
-from reference_cluster.policies.view import ClusterView, Holder, PrefillViews, ids
+from reference_cluster.policies.view import LOST_TOKENS, ClusterView, Holder, PrefillViews, ids
 from reference_cluster.reports import Decoding, LoadReports, Loads, Queueing
 from reference_cluster.request import Request
 from reference_cluster.transports.base import Links
@@ -67,6 +67,12 @@ class Conductor:
             one.follow_promises(index)
         self.decode_s: float | None = None
 
+    def follow(self, id: int, now_s: float) -> None:
+        """The instances of this number are others than before, or may be used again."""
+        if id < len(self.prefill):
+            self.prefill[id].follow_promises(self.index)
+        self.loads.follow(id, now_s)
+
     def decide(
         self, request: Request, in_flight: Collection[Request], now_s: float
     ) -> Placement | Rejected:
@@ -75,6 +81,11 @@ class Conductor:
             return Rejected("too-large", 0.0)
         view = self.view(request, in_flight, now_s)
         placement = self.scheduling.place(request, view)
+        if (
+            placement.ttft_s == float("inf")
+            or view.decode.free_tokens[placement.decode] == LOST_TOKENS
+        ):
+            return Rejected("no-instance", 1.0)
         request.predicted_ttft_s, request.predicted_tbt_s = placement.ttft_s, placement.tbt_s
         rejected = self.admission.admit(request, placement, view)
         if not rejected:

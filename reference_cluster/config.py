@@ -17,6 +17,8 @@ Admission = Literal["accept-all", "load-based", "early-rejection", "predictive"]
 Batching = Literal["prefill-first", "chunked"]
 Eviction = Literal["lru", "lfu", "length-aware"]
 System = Literal["disaggregated", "colocated"]
+Transport = Literal["modelled", "shm", "tcp", "rdma", "mooncake"]
+Verify = Literal["always", "sampled", "off"]
 Placement = Literal["inside", "processes"]
 
 
@@ -75,6 +77,20 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Links between nodes; every node has one of each direction, shared by its transfers."""
 
     link_bytes_per_s: float | None = None  # None: the profile's.
+    # What moves KV between workers: nothing but modelled time, or real bytes.
+    transport: Transport = "modelled"
+    verify: Verify = "sampled"  # Blocks looked at, byte by byte, when they have arrived.
+    cap_bytes_per_s: float | None = None  # Of what one worker sends or fetches; None: no cap.
+
+
+class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The KVCache pool's bytes."""
+
+    # Of KV a token where bytes are moved for real, to scale them down; None: the profile's.
+    kv_bytes_per_token: int | None = None
+    # Memory beside the pool for what is computed or on its way, a worker. The longest prompt must
+    # fit into it and into what the pool can spare.
+    working_tokens: int = 65536
 
 
 class WorkersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +130,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode: DecodeConfig = DecodeConfig()
     colocated: ColocatedConfig = ColocatedConfig()
     network: NetworkConfig = NetworkConfig()
+    pool: PoolConfig = PoolConfig()
     workers: WorkersConfig = WorkersConfig()
     failure: FailureConfig = FailureConfig()
 
@@ -137,6 +154,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "decode.device_tokens": self.decode.device_tokens,
             "colocated.device_tokens": self.colocated.device_tokens,
             "network.link_bytes_per_s": self.network.link_bytes_per_s,
+            "network.cap_bytes_per_s": self.network.cap_bytes_per_s,
+            "pool.kv_bytes_per_token": self.pool.kv_bytes_per_token,
+            "pool.working_tokens": self.pool.working_tokens,
             "workers.heartbeat_s": self.workers.heartbeat_s,
             "failure.transfer_deadline_s": self.failure.transfer_deadline_s,
             "workers.start_s_max": self.workers.start_s_max,
@@ -156,11 +176,25 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, count in may_be_none.items():
             if not count >= 0:
                 raise ValueError(f"{name} is {count}; it must not be negative")
+        if self.network.transport != "modelled" and self.system == "disaggregated":
+            self.check_bytes()
         if not self.workers.dead_after_s >= 2 * self.workers.heartbeat_s:
             # One late heartbeat is no death.
             raise ValueError("workers.dead_after_s must be at least twice workers.heartbeat_s")
         if self.colocated.step_tokens_max <= self.colocated.batch_max:
             raise ValueError("colocated.step_tokens_max must exceed colocated.batch_max")
+
+    def check_bytes(self) -> None:
+        """What must be said where bytes are moved for real; raises ValueError."""
+        if self.workers.placement != "processes":
+            raise ValueError(
+                "network.transport moves bytes between processes; set [workers] placement"
+            )
+        if self.prefill.dram_tokens is None:
+            # A profile's is that of a real node, up to terabytes.
+            raise ValueError("give prefill.dram_tokens, the real memory of each prefill worker")
+        if self.prefill.nodes_per_group != 1:
+            raise ValueError("network.transport moves no bytes within prefill.nodes_per_group")
 
     @property
     def prefill_groups(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
 from reference_cluster.policies.batching import DecodeBatch
-from reference_cluster.policies.view import DecodeView
+from reference_cluster.policies.view import LOST_TOKENS, DecodeView
 from reference_cluster.reports import BatchLoad, LoadChanged, nobody
 from reference_cluster.request import Request
 
@@ -22,6 +22,7 @@ class DecodeLoad:
         self.name = f"decode-{id}"
         self.cost = cost
         self.capacity_tokens = capacity_tokens
+        self.is_shunned = False  # Nobody is to be placed here.
         self.batch = DecodeBatch()
         self.waiting: deque[Request] = deque()
         self.expected: dict[int, Request] = {}  # Placed here, not yet in the batch.
@@ -37,13 +38,23 @@ class DecodeLoad:
             self.batch.context_tokens_at(now_s, self.cost),
             len(self.expected),
             self.expected_tokens,
-            self.capacity_tokens - self.batch.kv_tokens - self.expected_kv_tokens,
+            self.free_tokens,
         )
 
     def decode_load(self) -> BatchLoad:
         """What `decode_view` is made of at any time."""
-        free_tokens = self.capacity_tokens - self.batch.kv_tokens - self.expected_kv_tokens
-        return *self.batch.load(), len(self.expected), self.expected_tokens, free_tokens
+        return *self.batch.load(), len(self.expected), self.expected_tokens, self.free_tokens
+
+    @property
+    def free_tokens(self) -> int:
+        """Of device memory, what neither running nor expected requests will need."""
+        if self.is_shunned:
+            return LOST_TOKENS
+        return self.capacity_tokens - self.batch.kv_tokens - self.expected_kv_tokens
+
+    def detach(self) -> None:
+        """It is lost: whatever still happens to it concerns nobody."""
+        self.load_changed = nobody
 
     def expect(self, request: Request) -> None:
         """The Conductor has placed a request here; it is still to be prefilled."""

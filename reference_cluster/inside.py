@@ -7,8 +7,9 @@ own, `remote.py` takes this place.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from reference_cluster.colocated import ColocatedInstance
 from reference_cluster.decode import DecodeInstance
@@ -18,6 +19,8 @@ from reference_cluster.parts import Parts
 from reference_cluster.policies.view import Holder
 from reference_cluster.prefill import PrefillInstance, Queued, only_token
 from reference_cluster.request import Block, OnEnd, Request
+from reference_cluster.spans import Span
+from reference_cluster.transports.base import Flow
 from reference_cluster.transports.modelled import ModelledTransport
 
 
@@ -37,6 +40,10 @@ class Inside:
         self.prefills: dict[int, PrefillInstance] = {}
         self.decodes: dict[int, DecodeInstance] = {}
         self.colocateds: dict[int, ColocatedInstance] = {}
+        self.group: asyncio.TaskGroup | None = None
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.deliveries: dict[int, tuple[Handover, int]] = {}  # By request, and where it is from.
+        self.fetches: dict[Fetch, None] = {}
         groups = 0 if config.system == "colocated" else config.prefill_groups
         nodes = groups + (config.decode_instances if groups else 0)
         link = config.network.link_bytes_per_s or parts.profile.link_bytes_per_s
@@ -69,8 +76,54 @@ class Inside:
         return [*self.prefills.values(), *self.decodes.values(), *self.colocateds.values()]
 
     def start(self, group: asyncio.TaskGroup) -> None:
+        self.group = group
         for instance in self.instances:
-            group.create_task(instance.run(), name=instance.name)
+            self.begin(instance.name)
+
+    def make(self, name: str) -> PrefillInstance | DecodeInstance | ColocatedInstance:
+        """A new instance in this place."""
+        of_role: dict[str, Callable[[int], Any]] = {
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "colocated": self.colocated,
+        }
+        made: PrefillInstance | DecodeInstance | ColocatedInstance
+        made = of_role[name.rsplit("-", 1)[0]](number(name))
+        return made
+
+    # ---- losing them -------------------------------------------------------------------------
+
+    def drop(self, name: str, now_s: float) -> None:
+        """An instance stops at once. What its batch had produced so far is in its requests."""
+        if name in self.tasks:
+            self.tasks.pop(name).cancel()
+        gone = self.instance(name)
+        if not isinstance(gone, PrefillInstance):
+            give_up_batch(gone, now_s, self.on_end)
+        else:
+            for moving in [one for one in self.fetches if gone in (one.holder, one.target)]:
+                moving.abort()
+            for request_id in [*self.deliveries]:
+                delivery, source = self.deliveries[request_id]
+                if source == gone.id:
+                    delivery.cancel()
+                    del self.deliveries[request_id]
+
+    def begin(self, name: str) -> None:
+        """The instance that was made in the place of a dropped one starts to work."""
+        instance = self.instance(name)
+        assert self.group is not None
+        self.tasks[name] = self.group.create_task(instance.run(), name=name)
+
+    def instance(self, name: str) -> PrefillInstance | DecodeInstance | ColocatedInstance:
+        of_role: dict[str, Mapping[int, Any]] = {
+            "prefill": self.prefills,
+            "decode": self.decodes,
+            "colocated": self.colocateds,
+        }
+        found: PrefillInstance | DecodeInstance | ColocatedInstance
+        found = of_role[name.rsplit("-", 1)[0]][number(name)]
+        return found
 
     # ---- between them ------------------------------------------------------------------------
 
@@ -82,20 +135,17 @@ class Inside:
         # Less than was promised where its DRAM has no room for what it must read from SSD.
         held, ready_s = holder.hold(request.blocks[depth : best.blocks])
         blocks = depth + held
-        copied = request.blocks[depth:blocks]
-        holder.lending += 1
         tokens = min(best.tokens, blocks * block_tokens) - depth * block_tokens
         request.fetched_tokens = tokens
 
-        def arrived() -> None:
-            holder.pool.unpin(copied, depth)
-            holder.lending -= 1
-            prefill.fetched(queued, blocks)
+        def done(is_here: bool) -> None:
+            if not is_here:
+                request.fetched_tokens = 0
+            prefill.fetched(queued, blocks if is_here else depth)
 
-        if ready_s > self.loop.time():
-            self.loop.call_at(ready_s, self.messenger.fetch, tokens, holder.id, prefill.id, arrived)
-        else:
-            self.messenger.fetch(tokens, holder.id, prefill.id, arrived)
+        Fetch(self, holder, prefill, request.blocks[depth:blocks], depth, done).start(
+            tokens, ready_s
+        )
 
     def begin_handover(self, request: Request, prefill_s: float) -> Handover | None:
         """A prefill begins: its KV starts to flow to the decode instance, unless none is needed."""
@@ -104,13 +154,16 @@ class Inside:
         source, target = number(request.prefill), number(request.decode)
         node = self.parts.config.prefill_groups + target
         arrived = partial(self.transferred, request, self.decodes[target])
-        return self.messenger.hand_over(request, source, node, prefill_s, arrived)
+        handover = self.messenger.hand_over(request, source, node, prefill_s, arrived)
+        self.deliveries[request.id] = handover, source
+        return handover
 
     def prefilled(self, request: Request, handover: Delivery | None) -> None:
         """A prefill has ended: its only token, or the rest of the transfer, or nobody wants it."""
         if request.is_cancelled:
             if handover is not None:
                 handover.cancel()
+                self.deliveries.pop(request.id, None)
         elif handover is not None:
             handover.prefilled()
         else:
@@ -120,7 +173,8 @@ class Inside:
 
     def transferred(self, request: Request, decode: DecodeInstance) -> None:
         """All KV is at the decode instance."""
-        if not request.has_ended:
+        self.deliveries.pop(request.id, None)
+        if not request.is_cancelled:
             request.timeline.transferred_s = self.loop.time()
             decode.join(request)
 
@@ -133,28 +187,25 @@ class Inside:
         """
         holder, target = self.prefills[holder_id], self.prefills[target_id]
         here = [block for block in blocks if block in holder.pool]
-        if not here:
+        if not here or target.is_shunned:
             done(0)
             return
         holder.pool.pin(here)
-        holder.lending += 1
 
-        def arrived() -> None:
-            holder.pool.unpin(here)
-            holder.lending -= 1
-            stored = target.pool.store_pinned(here)
+        def arrived(is_here: bool) -> None:
+            stored = target.pool.store_pinned(here) if is_here else 0
             target.pool.unpin(here[:stored])
             done(stored)
 
         tokens = len(here) * self.parts.config.block_tokens
-        self.messenger.fetch(tokens, holder.id, target.id, arrived)
+        Fetch(self, holder, target, here, 0, arrived).start(tokens, 0.0)
 
     # ---- looking at it -----------------------------------------------------------------------
 
     async def ready(self) -> None:
         """They are, as soon as they are made."""
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         """No workers to tell of."""
         return []
 
@@ -181,6 +232,83 @@ class Inside:
             instance.check_integrity()
         busy = [link for link in self.transport.sending if link.flows]
         assert not (is_idle and busy), f"{len(busy)} links carry bytes of nobody"
+
+
+class Fetch:
+    """Blocks on their way from one prefill instance to another, pinned at the holder."""
+
+    def __init__(
+        self,
+        house: Inside,
+        holder: PrefillInstance,
+        target: PrefillInstance,
+        blocks: Sequence[Block],
+        depth: int,
+        done: Callable[[bool], None],
+    ) -> None:
+        self.house = house
+        self.holder = holder
+        self.target = target
+        self.blocks = blocks
+        self.depth = depth
+        self.done = done
+        self.flow: Flow | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    def start(self, tokens: int, ready_s: float) -> None:
+        """At once, or when the holder has read all of it from its SSD."""
+        self.house.fetches[self] = None
+        self.holder.lending += 1
+        if ready_s > self.house.loop.time():
+            self.timer = self.house.loop.call_at(ready_s, self.move, tokens)
+        else:
+            self.move(tokens)
+
+    def move(self, tokens: int) -> None:
+        source, target = self.holder.id, self.target.id
+        self.flow = self.house.messenger.fetch(tokens, source, target, self.arrived)
+
+    def arrived(self) -> None:
+        self.end()
+        self.done(True)
+
+    def abort(self) -> None:
+        """The holder or the target is lost."""
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.flow is not None:
+            self.flow.cancel()
+        self.end()
+        if not self.target.is_shunned:
+            self.done(False)
+
+    def end(self) -> None:
+        del self.house.fetches[self]
+        self.holder.pool.unpin(self.blocks, self.depth)
+        self.holder.lending -= 1
+
+
+def give_up_batch(
+    instance: DecodeInstance | ColocatedInstance, now_s: float, on_end: OnEnd
+) -> None:
+    """Count the whole steps of the span under way, and take all members out."""
+    batch = instance.batch
+    if batch.span_start_s is not None and batch.members:
+        size, context = batch.size, batch.context_tokens
+        elapsed_s = max(0.0, now_s - batch.span_start_s)
+        done = instance.cost.whole_steps_within(size, context, elapsed_s)
+        steps = min(done, batch.steps_until_leave)
+        if steps:
+            start_s, first_gap_s = batch.span_start_s, instance.cost.step_s(size, context)
+            end_s = start_s + instance.cost.span_s(size, context, steps)
+            growth_s = instance.cost.growth_s(size)
+            span = Span(start_s, steps, first_gap_s, growth_s, end_s)
+            for request in batch.apply(span):
+                if not request.is_cancelled:
+                    request.status, request.timeline.finished_s = "finished", end_s
+                    on_end(request)
+    for request in [member.request for member in batch.members.values()]:
+        batch.remove(request)
 
 
 def number(name: str | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -12,6 +12,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from reference_cluster.cluster import Cluster
 from reference_cluster.colocated import ColocatedLoad
@@ -21,6 +23,48 @@ from reference_cluster.request import Request
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 30, 60, 120)
 
 
+# What workers count (`carriers.py:COUNTED` and others), by the name it has here.
+COUNTS = {
+    "sent_bytes": ("mooncake_bench_kv_sent_bytes", "KV bytes written to decode workers"),
+    "stream_busy_s": ("mooncake_bench_kv_transfer_seconds", "Spent on writing them"),
+    "stream_tail_s": (
+        "mooncake_bench_kv_transfer_exposed_seconds",
+        "Of that, after the prefills' ends: what layer-wise streaming did not hide",
+    ),
+    "fetched_bytes": ("mooncake_bench_kv_fetched_bytes", "KV bytes of prefixes read from peers"),
+    "fetch_s": ("mooncake_bench_kv_fetch_seconds", "Spent on reading them"),
+    "failed_fetches": ("mooncake_bench_kv_failed_fetches", "Prefixes computed instead"),
+    "verified_blocks": ("mooncake_bench_kv_verified_blocks", "Blocks looked at byte by byte"),
+    "mismatched_blocks": ("mooncake_bench_kv_mismatched_blocks", "Of these, damaged"),
+}
+
+
+class WorkerMetrics(Collector):
+    """Workers as their last heartbeats tell; counters of a restarted one begin anew."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def collect(self) -> Iterator[Metric]:
+        rows = self.cluster.house.rows()
+        up = GaugeMetricFamily("mooncake_bench_worker_up", "Is it a member?", labels=["instance"])
+        age = GaugeMetricFamily(
+            "mooncake_bench_worker_report_age_seconds", "Of its last report", labels=["instance"]
+        )
+        for row in rows:
+            up.add_metric([row["name"]], float(row["state"] == "member"))
+            if row["report_age_s"] is not None:
+                age.add_metric([row["name"]], row["report_age_s"])
+        yield up
+        yield age
+        for key, (name, text) in COUNTS.items():
+            family = CounterMetricFamily(name, text, labels=["instance"])
+            for row in rows:
+                if key in row:
+                    family.add_metric([row["name"]], row[key])
+            yield family
+
+
 class LiveMetrics:
     """Counters and histograms are fed as requests end, gauges read when somebody asks."""
 
@@ -28,6 +72,7 @@ class LiveMetrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # A second series is noise.
         self.cluster = cluster
         self.registry = CollectorRegistry()
+        self.registry.register(WorkerMetrics(cluster))
         self.model = model
         self.histograms = {
             name: self.histogram(f"vllm:{name}_seconds", text)

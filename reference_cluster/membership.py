@@ -21,6 +21,7 @@ class Member:
     identity: bytes = b""  # Of its process, as it calls itself on its line.
     seen_s: float = 0.0  # Its last sign of life.
     beat: Beat | None = None
+    is_silent: bool = False  # For long enough that nobody is sent there.
     starts: int = 0
     reason: str | None = None  # Why it was lost, the last time.
 
@@ -37,7 +38,7 @@ class Membership:
         member = self.members[hello.name]
         assert member.state != "member"
         member.state, member.hello, member.identity = "member", hello, identity
-        member.seen_s, member.beat = now_s, None
+        member.seen_s, member.beat, member.is_silent = now_s, None, False
         member.starts += 1
         self.by_identity[identity] = member
         return member
@@ -69,14 +70,16 @@ class Membership:
 
 def row(member: Member, now_s: float) -> dict[str, Any]:
     beat = member.beat
+    endpoint = member.hello.endpoint if member.hello else None
     return {
         "name": member.name,
         "state": member.state,
         "pid": member.hello.pid if member.hello else None,
         "starts": member.starts,
+        "segment": endpoint.segment if endpoint else None,
         "age_s": now_s - member.seen_s if member.state == "member" else None,
         "report_age_s": now_s - beat.at_s if beat and member.state == "member" else None,
-        "requests": beat.requests if beat else 0,
+        "requests": len(beat.requests) if beat else 0,
         "used_blocks": beat.used_blocks if beat else 0,
         "pinned_blocks": beat.pinned_blocks if beat else 0,
         "lost_reason": member.reason,

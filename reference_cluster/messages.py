@@ -56,7 +56,7 @@ class Beat(Message):
     """The worker lives; its load and its books, so that the mirror can be put right."""
 
     at_s: float
-    requests: int  # Known to it: waiting, running, decoding or on their way.
+    requests: list[int]  # Known to it: waiting, running, decoding or on their way.
     used_blocks: int
     pinned_blocks: int
     lag_s_max: float  # How late its engine woke at worst.
@@ -125,6 +125,7 @@ class Ended(Message):
     id: int
     status: Literal["rejected", "failed"]
     reason: str
+    is_retried: bool = False  # Another attempt may fare better.
 
 
 class Checked(Message):

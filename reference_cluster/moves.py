@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from reference_cluster.carriers import Brought, Carrier, Room, Stream
 from reference_cluster.config import ClusterConfig
+from reference_cluster.errors import ClusterError
 from reference_cluster.messages import (
     Abandoned,
     Arrived,
@@ -33,15 +36,16 @@ from reference_cluster.messages import (
     stamps_of,
     work_of,
 )
-from reference_cluster.messenger import Messenger
 from reference_cluster.parts import Parts
 from reference_cluster.peers import Peers
 from reference_cluster.policies.view import Holder
 from reference_cluster.prefill import Queued
 from reference_cluster.request import Block, Request
-from reference_cluster.rpc import NoAnswerError, Office
-from reference_cluster.transports.modelled import ModelledTransport
+from reference_cluster.rpc import Office
+from reference_cluster.transports.bytes import Range
+from reference_cluster.worker_memory import WorkerMemory, sampled
 
+QUIET_S = 1.0  # After it a peer that gave up or died has no bytes under way any more.
 log = logging.getLogger(__name__)
 
 
@@ -61,59 +65,6 @@ class Desk(Protocol):
         """To the Conductor."""
 
 
-class ModelledMoves:
-    """Moves no bytes, but takes as long as the links of this worker's node would.
-
-    A link is shared by what this worker sends and fetches; what others send to the same peer is
-    not seen here.
-    """
-
-    def __init__(self, worker: Desk) -> None:
-        parts, config = worker.parts, worker.config
-        self.id, self.groups = worker.id, config.prefill_groups
-        link = config.network.link_bytes_per_s or parts.profile.link_bytes_per_s
-        self.transport = ModelledTransport(self.groups + config.decode_instances, link)
-        for id in range(self.groups):
-            self.transport.widen(id, config.prefill.nodes_per_group)
-        self.messenger = Messenger(self.transport, parts.cost, config.prefill.layerwise)
-
-    async def fetch(self, tokens: int, holder: int) -> None:
-        done = asyncio.get_running_loop().create_future()
-        flow = self.messenger.fetch(tokens, holder, self.id, lambda: done.set_result(None))
-        try:
-            await done
-        except asyncio.CancelledError:
-            flow.cancel()
-            raise
-
-    async def stream(self, request: Request, prefill_s: float, prefilled: asyncio.Event) -> None:
-        """Returns when the prefill has ended and all its KV is there."""
-        arrived = asyncio.Event()
-        node = self.groups + number(request.decode)
-        handover = self.messenger.hand_over(request, self.id, node, prefill_s, arrived.set)
-        try:
-            await prefilled.wait()
-            handover.prefilled()
-            await arrived.wait()
-        except asyncio.CancelledError:
-            handover.cancel()
-            raise
-
-
-class Stream:
-    """One hand-over under way, as the prefill instance sees it."""
-
-    def __init__(self) -> None:
-        self.is_prefilled = asyncio.Event()
-        self.task: asyncio.Task[None]
-
-    def prefilled(self) -> None:
-        self.is_prefilled.set()
-
-    def cancel(self) -> None:
-        self.task.cancel()
-
-
 @dataclass(slots=True)
 class Lent:
     """Blocks pinned for a peer that reads them."""
@@ -121,17 +72,18 @@ class Lent:
     identity: bytes
     blocks: Sequence[Block]
     depth: int
+    slots: list[int]
     expiry: asyncio.TimerHandle
 
 
 class PrefillEnd:
     """Of a prefill worker: fetches, what it lends, and its streams to decode workers."""
 
-    def __init__(self, worker: Desk, group: asyncio.TaskGroup) -> None:
+    def __init__(self, worker: Desk, group: asyncio.TaskGroup, carrier: Carrier) -> None:
         self.worker = worker
         self.group = group
+        self.carrier = carrier
         self.deadline_s = worker.config.failure.transfer_deadline_s
-        self.moves = ModelledMoves(worker)
         self.lent: dict[tuple[bytes, int], Lent] = {}
         self.streams: dict[int, Stream] = {}
         self.failed_fetches = 0
@@ -145,13 +97,17 @@ class PrefillEnd:
     async def fetching(self, queued: Queued, best: Holder) -> None:
         request, depth = queued.request, queued.pinned
         wanted = request.blocks[depth : best.blocks]
-        fetched = await self.fetch_from(f"prefill-{best.id}", wanted, depth)
+        fetched, brought = await self.fetch_from(f"prefill-{best.id}", wanted, depth)
         block_tokens = self.worker.config.block_tokens
         tokens = min(best.tokens, (depth + fetched) * block_tokens) - depth * block_tokens
         request.fetched_tokens = max(0, tokens)
+        self.carrier.sources[request.id] = brought
         self.worker.instance.fetched(queued, depth + fetched)
+        self.carrier.drop(self.carrier.sources.pop(request.id))
 
-    async def fetch_from(self, holder: str, blocks: Sequence[Any], depth: int) -> int:
+    async def fetch_from(
+        self, holder: str, blocks: Sequence[Any], depth: int
+    ) -> tuple[int, Brought]:
         """How many leading blocks came; none where the holder has gone or is too slow: whoever
         wanted them computes them."""
         peers, asked = self.worker.peers, 0
@@ -165,13 +121,12 @@ class PrefillEnd:
             async with asyncio.timeout(self.deadline_s):
                 held: Held = await peers.ask(holder, hold, self.deadline_s)
                 await asyncio.sleep(max(0.0, held.ready_s - self.worker.loop.time()))
-                tokens = held.count * self.worker.config.block_tokens
-                await self.moves.fetch(tokens, number(holder))
-                return held.count
-        except (NoAnswerError, TimeoutError) as error:
-            log.warning("fetch from %s: %s", holder, error or "too slow")
+                peer = peers.members[holder].endpoint
+                return await self.carrier.fetch(number(holder), peer, blocks, held)
+        except (ClusterError, KeyError, TimeoutError) as error:
+            log.info("fetch from %s: %s", holder, error or "too slow")
             self.failed_fetches += 1
-            return 0
+            return 0, {}
         finally:
             peers.tell(holder, LetGo(asked))
 
@@ -190,20 +145,32 @@ class PrefillEnd:
         instance.lending += 1
         # The reader gives up at its deadline; twice that is never too early to let go.
         expiry = self.worker.loop.call_later(2 * self.deadline_s, self.let_go, key)
-        self.lent[key] = Lent(identity, message.blocks[:count], message.depth, expiry)
-        self.worker.office.post(identity, Held(message.ask, count, ready_s, []))
+        blocks = message.blocks[:count]
+        slots, ranges = self.carrier.lend(blocks)
+        self.lent[key] = Lent(identity, blocks, message.depth, slots, expiry)
+        self.worker.office.post(identity, Held(message.ask, count, ready_s, ranges))
 
     def let_go(self, key: tuple[bytes, int]) -> None:
         lent = self.lent.pop(key, None)
         if lent is not None:
             lent.expiry.cancel()
+            self.carrier.returned(lent.slots)
             self.worker.instance.pool.unpin(lent.blocks, lent.depth)
             self.worker.instance.lending -= 1
 
     # ---- handing over ------------------------------------------------------------------------
 
-    def hand_over(self, request: Request, prefill_s: float) -> Stream:
-        self.streams[request.id] = stream = Stream()
+    def hand_over(self, request: Request, prefill_s: float) -> Stream | None:
+        """The prefill begins: its KV starts to leave, unless none is needed or it has no room."""
+        stream = Stream() if request.output_tokens > 1 else None
+        running = self.worker.instance.running
+        if not self.carrier.begin(request, running.pinned, stream):
+            self.worker.tell(Ended(request.id, "failed", "no-memory", is_retried=True))
+            request.is_cancelled = True
+            return None
+        if stream is None:
+            return None
+        self.streams[request.id] = stream
         sending = self.sending(request, prefill_s, stream)
         stream.task = self.group.create_task(sending, name=f"stream-{request.id}")
         return stream
@@ -214,15 +181,18 @@ class PrefillEnd:
         is_there = False
         try:
             work = work_of(request)
-            await peers.ask(decode, lambda ask: Prepare(ask, work), self.deadline_s)
-            await self.moves.stream(request, prefill_s, stream.is_prefilled)
+            room = await peers.ask(decode, lambda ask: Prepare(ask, work), self.deadline_s)
+            peer = peers.members[decode].endpoint
+            await self.carrier.stream(request, peer, prefill_s, room)
             is_there = True
             peers.tell(decode, Arrived(request.id, stamps_of(request)))
-        except NoAnswerError as error:
-            self.worker.tell(Ended(request.id, "failed", f"hand-over to {error}"))
+        except (ClusterError, KeyError) as error:
+            log.info("hand-over of request %d to %s: %s", request.id, decode, error)
+            self.worker.tell(Ended(request.id, "failed", "hand-over", is_retried=True))
         finally:
             if not is_there:
                 peers.tell(decode, Abandoned(request.id))
+            self.carrier.released(request)
             del self.streams[request.id]
             self.worker.requests.pop(request.id, None)
 
@@ -245,26 +215,41 @@ class PrefillEnd:
             self.group.create_task(self.copying(message), name=f"copy-{message.ask}")
 
     async def copying(self, message: Copy) -> None:
-        fetched = await self.fetch_from(message.holder, message.blocks, 0)
-        pool = self.worker.instance.pool
-        stored = pool.store_pinned(message.blocks[:fetched])
-        pool.unpin(message.blocks[:stored])
+        """Keep what came, for as long as it is used."""
+        fetched, brought = await self.fetch_from(message.holder, message.blocks, 0)
+        stored = self.carrier.put(message.blocks[:fetched], brought)
+        self.worker.instance.pool.unpin(message.blocks[:stored])
+        self.carrier.drop(brought)
         self.worker.tell(Copied(message.ask, stored))
 
     def counts(self) -> dict[str, float]:
-        return {"failed_fetches": self.failed_fetches, "lent": len(self.lent)}
+        counts = {"failed_fetches": self.failed_fetches, "lent": len(self.lent)}
+        return {**counts, **self.carrier.counts, "streams": len(self.streams)}
 
-    def problem(self) -> str:
-        return ""
+    def check_integrity(self) -> None:
+        """Raise AssertionError where slots, pool and what is lent do not agree."""
+        self.carrier.check_integrity(not (self.lent or self.streams or self.worker.requests))
 
 
 class DecodeEnd:
     """Of a decode worker: what is on its way here."""
 
-    def __init__(self, worker: Desk, on_arrived: Callable[[Request], None]) -> None:
+    def __init__(
+        self,
+        worker: Desk,
+        group: asyncio.TaskGroup,
+        memory: WorkerMemory | None,
+        on_arrived: Callable[[Request], None],
+    ) -> None:
         self.worker = worker
+        self.group = group
+        self.memory = memory
+        self.room = Room(memory) if memory is not None else None
         self.on_arrived = on_arrived
+        self.verify = worker.config.network.verify
+        self.rng = random.Random(worker.config.seed)
         self.coming: dict[int, bytes] = {}  # Who sends the KV of a request.
+        self.verified_blocks = self.mismatched_blocks = 0
 
     def asked(self, identity: bytes, message: Message) -> None:
         match message:
@@ -273,21 +258,59 @@ class DecodeEnd:
             case Arrived():
                 self.arrived(message)
             case Abandoned():
-                self.coming.pop(message.id, None)
-                self.worker.requests.pop(message.id, None)
+                self.lost(message.id)
 
     def prepare(self, identity: bytes, message: Prepare) -> None:
         request = request_of(message.work)
         self.worker.requests[request.id] = request
         self.coming[request.id] = identity
-        self.worker.office.post(identity, Prepared(message.ask, []))
+
+        def there_is_room(ranges: list[Range]) -> None:
+            self.worker.office.post(identity, Prepared(message.ask, ranges))
+
+        if self.room is None:
+            there_is_room([])
+        else:
+            self.room.ask(request.id, len(request.blocks), there_is_room)
 
     def arrived(self, message: Arrived) -> None:
         self.coming.pop(message.id, None)
         request = self.worker.requests.get(message.id)
         if request is not None:
             stamp(request, message.stamps)
+        if self.room is None and request is not None:
             self.on_arrived(request)
+        elif self.room is not None and request is not None:
+            self.group.create_task(self.verifying(request), name=f"verify-{request.id}")
+        elif self.room is not None:
+            self.room.leave(message.id)
+
+    async def verifying(self, request: Request) -> None:
+        """Look at the bytes before anybody decodes with them; then they are in device memory."""
+        assert self.memory is not None
+        assert self.room is not None
+        slots, wrong = self.room.slots[request.id], None
+        for place in sampled(len(slots), self.verify, self.rng):
+            self.verified_blocks += 1
+            wrong = self.memory.wrong([request.blocks[place]], [slots[place]])
+            if wrong is not None:
+                break
+            await asyncio.sleep(0)
+        self.room.leave(request.id)
+        if wrong is not None:
+            self.mismatched_blocks += 1
+            self.worker.requests.pop(request.id, None)
+            log.error("request %d: KV of block %x arrived damaged", request.id, wrong)
+            self.worker.tell(Ended(request.id, "failed", "kv-damaged"))
+        elif not request.is_cancelled:
+            self.on_arrived(request)
+
+    def lost(self, id: int) -> None:
+        """No more bytes will come of it; but for a moment those under way still may."""
+        self.coming.pop(id, None)
+        self.worker.requests.pop(id, None)
+        if self.room is not None:
+            self.worker.loop.call_later(QUIET_S, self.room.leave, id)
 
     def cancel(self, request: Request) -> None:
         """Its sender stops by itself and says so."""
@@ -295,14 +318,23 @@ class DecodeEnd:
     def gone(self, peer: Peer) -> None:
         identity = f"{peer.name}.{peer.pid}".encode()
         for id in [id for id, sender in self.coming.items() if sender == identity]:
-            del self.coming[id]
-            self.worker.requests.pop(id, None)
+            self.lost(id)
 
     def counts(self) -> dict[str, float]:
-        return {"coming": len(self.coming)}
+        return {
+            "coming": len(self.coming),
+            "verified_blocks": self.verified_blocks,
+            "mismatched_blocks": self.mismatched_blocks,
+        }
 
-    def problem(self) -> str:
-        return ""
+    def check_integrity(self) -> None:
+        """Raise AssertionError where slots are lost."""
+        if self.memory is not None:
+            self.memory.slots.check_integrity()
+            assert self.room is not None
+            mine = sum(map(len, self.room.slots.values()))
+            used = self.memory.slots.used
+            assert used == mine, f"{used} slots are in use, {mine} of them by somebody"
 
 
 def number(name: str | None) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
+
 from reference_cluster.colocated import ColocatedInstance
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import CostModel, Profile
@@ -24,6 +26,9 @@ class Parts:
     def __init__(
         self, config: ClusterConfig, profile: Profile, steps_max: int | None = None
     ) -> None:
+        if config.pool.kv_bytes_per_token:
+            per_token = config.pool.kv_bytes_per_token
+            profile = msgspec.structs.replace(profile, kv_bytes_per_token=per_token)
         self.config = config
         self.profile = profile
         self.steps_max = steps_max
@@ -36,6 +41,12 @@ class Parts:
 
     def engine(self) -> ModelledEngine:
         return ModelledEngine(self.cost, self.steps_max)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one block, in whole words: blocks of real bytes are at most a little smaller."""
+        size = self.config.block_tokens * self.profile.kv_bytes_per_token
+        return max(8, size // self.profile.layers // 8 * 8)
 
     @property
     def dram_blocks(self) -> int:

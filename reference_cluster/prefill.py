@@ -48,6 +48,7 @@ class PrefillLoad:
         self.queue: Collection[Any]
         self.cost = cost
         self.block_tokens = block_tokens
+        self.is_shunned = False  # Nobody is to be placed here.
         self.backlog_s = 0.0  # Predicted prefill time of all that waits.
         self.running: object | None = None
         self.running_end_s = 0.0  # Predicted.
@@ -58,14 +59,24 @@ class PrefillLoad:
         self.load_changed: LoadChanged = nobody
 
     def queue_s(self, now_s: float) -> float:
-        """Predicted time until a request that comes now could start."""
+        """Predicted time until a request that comes now could start; infinite where it is lost."""
+        if self.is_shunned:
+            return float("inf")
         if self.running is None or self.running_end_s <= now_s:
             return self.backlog_s
         return self.backlog_s + (self.running_end_s - now_s)
 
     def queue_load(self) -> tuple[float, float]:
         """Seconds of work that wait, and until when it is busy with what runs."""
+        if self.is_shunned:
+            return float("inf"), 0.0
         return self.backlog_s, 0.0 if self.running is None else self.running_end_s
+
+    def detach(self) -> None:
+        """It is lost: what it promised is void, whatever still happens to it concerns nobody."""
+        self.on_settled([*self.promised])
+        self.on_promised = self.on_settled = ignore
+        self.load_changed = nobody
 
     @property
     def tiered_blocks(self) -> int | None:
@@ -128,6 +139,7 @@ class PrefillInstance(PrefillLoad):
         self.pool: BlockPool = pool
         self.ssd = ssd
         self.chunk_tokens = chunk_tokens
+        self.keep = self.take_in
         self.fetch = fetch
         self.hand_over = hand_over
         self.on_prefilled = on_prefilled
@@ -146,6 +158,12 @@ class PrefillInstance(PrefillLoad):
         if self.ssd is None:
             return 0.0
         return self.ssd.ready_s(request.blocks[:held_blocks], now_s) - now_s
+
+    def detach(self) -> None:
+        super().detach()
+        self.pool.on_stored = self.pool.on_evicted = ignore
+        if self.ssd is not None:
+            self.ssd.on_stored = self.ssd.blocks.on_evicted = ignore
 
     def accept(self, request: Request, placement: Placement) -> None:
         """Take a place in the queue, hold on to what the pool has of the prefix, fetch the rest."""
@@ -175,7 +193,7 @@ class PrefillInstance(PrefillLoad):
         """A fetch or a read is done; after the last the prefill may start."""
         queued.awaited -= 1
         if not queued.awaited:
-            if not queued.request.has_ended:
+            if not queued.request.is_cancelled:
                 queued.request.timeline.fetched_s = self.loop.time()
             self.changed.set()
 
@@ -191,7 +209,7 @@ class PrefillInstance(PrefillLoad):
         """Extend what is stored and pinned of a request's chain to `blocks`, where room is."""
         wanted = queued.request.blocks[queued.pinned : blocks]
         self.forget_promises(wanted)
-        stored = self.pool.store_pinned(wanted)
+        stored = self.keep(queued.request, wanted)
         # What found no room is promised still, so that the books stay balanced until the end.
         self.promise(wanted[stored:])
         queued.pinned += stored
@@ -266,6 +284,11 @@ class PrefillInstance(PrefillLoad):
             self.store(queued, len(request.blocks))
         self.let_go(queued)
         self.on_prefilled(request, handover)
+
+    def take_in(self, request: Request, blocks: Sequence[Block]) -> int:
+        """Store blocks of this request's, pinned; how many found room. Where there are real bytes
+        `keep` is the worker's own, which knows where they are."""
+        return self.pool.store_pinned(blocks)
 
     def reuse(self, queued: Queued) -> None:
         """Count on what the pool holds now: fetched, or stored by a request before this one."""

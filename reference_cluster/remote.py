@@ -9,7 +9,7 @@ events. Whatever comes for a request that has ended here, or for a worker that w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from reference_cluster.colocated import ColocatedLoad
@@ -97,6 +97,11 @@ class RemotePrefill(PrefillLoad):
         self.promise(request.blocks)
         self.tell(Serve(work_of(request), placement))
 
+    @property
+    def owned(self) -> Collection[Request]:
+        """What the worker must know of, if no message was lost."""
+        return [*self.requests.values()]
+
     def receive(self, message: Message) -> None:
         match message:
             case Started():
@@ -164,6 +169,13 @@ def finish_all(requests: list[Request], end_s: float, on_end: OnEnd) -> None:
             on_end(request)
 
 
+def end(request: Request, message: Ended, on_end: OnEnd) -> None:
+    """Refused or broken, for good."""
+    request.status, request.reason = message.status, message.reason
+    request.is_cancelled = True
+    on_end(request)
+
+
 class RemoteDecode(DecodeLoad):
     """A decode instance in another process."""
 
@@ -171,6 +183,12 @@ class RemoteDecode(DecodeLoad):
         super().__init__(id, parts.cost, parts.capacity_tokens)
         self.tell = tell
         self.on_end = on_end
+
+    @property
+    def owned(self) -> Collection[Request]:
+        """What the worker must know of, if no message was lost."""
+        decoding = [one.request for one in self.batch.members.values()]
+        return [*self.waiting, *(one for one in decoding if not one.is_cancelled)]
 
     def receive(self, message: Message) -> None:
         self.load_changed()
@@ -189,12 +207,9 @@ class RemoteDecode(DecodeLoad):
             case Left() if message.id in self.batch.members:
                 self.batch.remove(self.batch.members[message.id].request)
             case Ended() if message.id in self.expected:
-                self.ended(self.expected[message.id], message)
-
-    def ended(self, request: Request, message: Ended) -> None:
-        self.forget(request)
-        request.status, request.reason = message.status, message.reason
-        self.on_end(request)
+                request = self.expected[message.id]
+                self.forget(request)
+                end(request, message, self.on_end)
 
     def cancel(self, request: Request) -> None:
         self.forget(request)
@@ -229,6 +244,13 @@ class RemoteColocated(ColocatedLoad):
         )
         self.load_changed()
         self.tell(Serve(work_of(request), placement))
+
+    @property
+    def owned(self) -> Collection[Request]:
+        """What the worker must know of, if no message was lost."""
+        decoding = [one.request for one in self.batch.members.values()]
+        started = [*self.waiting, *self.started]
+        return [*started, *(one for one in decoding if not one.is_cancelled)]
 
     def receive(self, message: Message) -> None:
         self.load_changed()

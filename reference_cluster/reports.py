@@ -55,10 +55,15 @@ class Loads:
         self.busy_until_s = np.zeros(len(prefill))
         self.span_start_s = np.zeros(len(decode))
         self.counts = np.zeros((6, len(decode)), dtype=np.int64)
-        for id, one in enumerate(prefill):
-            one.load_changed = partial(self.changed.setdefault, id)
-        for id, other in enumerate(decode):
-            other.load_changed = partial(self.changed.setdefault, id)
+        for id in range(len(self.changed)):
+            self.follow(id, 0.0)
+
+    def follow(self, id: int, now_s: float) -> None:
+        """The instances of this number tell when their loads have changed; they have now."""
+        self.changed[id] = None
+        for instances in (self.prefill, self.decode):
+            if id < len(instances):
+                instances[id].load_changed = partial(self.changed.setdefault, id)
 
     def ask(self) -> None:
         """The instances of each number whose load has changed."""
@@ -128,6 +133,10 @@ class LoadReports:
             for id in range(count):
                 await asyncio.sleep(self.every_s / count)
                 self.take(id, asyncio.get_running_loop().time())
+
+    def follow(self, id: int, now_s: float) -> None:
+        """That an instance was lost or is back is known at once."""
+        self.take(id, now_s)
 
     def take(self, id: int, now_s: float) -> None:
         """The instances of this number report; what was placed there is in it."""

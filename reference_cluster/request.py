@@ -61,6 +61,11 @@ class Request:
     prefill: str | None = None  # Name of the instance.
     decode: str | None = None
     memberships: list[Membership] = field(default_factory=list)
+    # An instance can be lost with what it serves. Then the request is given up there, which
+    # `is_cancelled` says to all who still have it, and an attempt of it begins elsewhere, with an
+    # id of its own: `client` is the request that was submitted, and that will end.
+    client: Request | None = None
+    replacements: int = 0
 
     @property
     def has_ended(self) -> bool:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from reference_cluster.carriers import BytesCarrier, Carrier, ModelledCarrier
 from reference_cluster.colocated import ColocatedInstance
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
@@ -48,10 +49,12 @@ from reference_cluster.messages import (
 from reference_cluster.moves import DecodeEnd, PrefillEnd
 from reference_cluster.parts import Parts
 from reference_cluster.peers import Peers
-from reference_cluster.prefill import PrefillInstance
+from reference_cluster.policies.view import Holder
+from reference_cluster.prefill import PrefillInstance, Queued
 from reference_cluster.request import Block, Request, Sink
 from reference_cluster.rpc import Line, Office
 from reference_cluster.spans import Span
+from reference_cluster.worker_memory import WorkerMemory
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ class Worker:
         self.office = Office(self.address, self.asked)
         self.requests: dict[int, Request] = {}
         self.event_id = 0
+        self.cluster = directory.rsplit("mcb-", 1)[-1].rsplit("-", 1)[0]
+        self.memory: WorkerMemory | None = None
         self.peers: Peers
         self.instance: Any
 
@@ -93,7 +98,14 @@ class Worker:
         """Make the instance, and what moves its bytes."""
         raise NotImplementedError
 
+    async def open_memory(self, pool_blocks: int) -> None:
+        """Register memory, where real bytes are moved."""
+        if self.config.network.transport != "modelled":
+            self.memory = await WorkerMemory.open(self.parts, pool_blocks, self.cluster)
+
     async def close(self) -> None:
+        if self.memory is not None:
+            await self.memory.close()
         self.peers.close()
         self.office.close()
         self.conductor.close()
@@ -104,12 +116,9 @@ class Worker:
         self.conductor.tell(message)
 
     def say_hello(self) -> None:
-        self.tell(Hello(VERSION, self.name, os.getpid(), self.address, self.endpoint))
+        endpoint = self.memory.endpoint if self.memory is not None else None
+        self.tell(Hello(VERSION, self.name, os.getpid(), self.address, endpoint))
         self.send_contents()
-
-    @property
-    def endpoint(self) -> Any:
-        return None
 
     async def beat(self) -> None:
         """Tell for ever that we live, and how we are."""
@@ -121,7 +130,7 @@ class Worker:
         pool = getattr(self.instance, "pool", None)
         return Beat(
             self.loop.time(),
-            len(self.requests),
+            list(self.requests),
             pool.used if pool else 0,
             pool.reserved + len(pool.pins) if pool else 0,
             self.instance.engine.lag_s_max,
@@ -136,6 +145,8 @@ class Worker:
         match message:
             case Members():
                 for peer in self.peers.update(message):
+                    if self.memory is not None and peer.endpoint is not None:
+                        self.memory.transport.forget(peer.endpoint)
                     self.gone(peer)
             case Cancel():
                 if message.id in self.requests:
@@ -157,10 +168,13 @@ class Worker:
 
     def problem(self) -> str:
         try:
-            self.instance.check_integrity()
+            self.check_integrity()
         except AssertionError as error:
             return str(error)
         return ""
+
+    def check_integrity(self) -> None:
+        self.instance.check_integrity()
 
     def work(self, message: Message) -> None:
         """What only this role is asked to do."""
@@ -234,15 +248,20 @@ class PrefillWorker(Worker):
     instance: PrefillInstance
 
     async def prepare(self, group: asyncio.TaskGroup) -> None:
-        self.end = PrefillEnd(self, group)
         self.instance = self.parts.prefill(
-            self.id,
-            self.stored,
-            self.removed,
-            self.end.fetch,
-            self.hand_over,
-            self.prefilled,
+            self.id, self.stored, self.removed, self.fetch, self.hand_over, self.prefilled
         )
+        await self.open_memory(self.instance.pool.capacity)
+        self.carrier: Carrier
+        if self.memory is None:
+            self.carrier = ModelledCarrier(self.id, self.parts, self.instance)
+        else:
+            self.carrier = BytesCarrier(self.config, self.memory, self.instance)
+        self.instance.keep = self.carrier.keep
+        self.end = PrefillEnd(self, group, self.carrier)
+
+    def fetch(self, queued: Queued, best: Holder) -> None:
+        self.end.fetch(queued, best)
 
     def work(self, message: Message) -> None:
         if isinstance(message, Serve):
@@ -255,12 +274,11 @@ class PrefillWorker(Worker):
     def hand_over(self, request: Request, prefill_s: float) -> Any:
         """The prefill begins: its KV starts to leave, unless none is needed."""
         self.tell(Started(request.id, self.instance.running_end_s, stamps_of(request)))
-        if request.output_tokens == 1:
-            return None
         return self.end.hand_over(request, prefill_s)
 
     def prefilled(self, request: Request, delivery: Any) -> None:
         self.tell(Prefilled(request.id, stamps_of(request)))
+        self.carrier.end(request)
         if delivery is None or request.is_cancelled:
             self.requests.pop(request.id, None)
         if delivery is not None and request.is_cancelled:
@@ -281,8 +299,9 @@ class PrefillWorker(Worker):
     def counts(self) -> dict[str, float]:
         return self.end.counts()
 
-    def problem(self) -> str:
-        return super().problem() or self.end.problem()
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        self.end.check_integrity()
 
 
 class DecodeWorker(Worker):
@@ -291,7 +310,8 @@ class DecodeWorker(Worker):
     instance: DecodeInstance
 
     async def prepare(self, group: asyncio.TaskGroup) -> None:
-        self.end = DecodeEnd(self, self.arrived)
+        await self.open_memory(0)
+        self.end = DecodeEnd(self, group, self.memory, self.arrived)
         self.instance = self.parts.decode(self.id, self.ended)
         self.instance.batch.observer = BatchReporter(self)
 
@@ -320,8 +340,9 @@ class DecodeWorker(Worker):
     def counts(self) -> dict[str, float]:
         return self.end.counts()
 
-    def problem(self) -> str:
-        return super().problem() or self.end.problem()
+    def check_integrity(self) -> None:
+        super().check_integrity()
+        self.end.check_integrity()
 
 
 class ColocatedWorker(Worker):

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from reference_cluster.errors import ServeError
 from reference_cluster.kvpool.index import PrefixIndex
@@ -26,6 +26,7 @@ from reference_cluster.messages import (
     Checked,
     Copied,
     Copy,
+    Ended,
     Hello,
     Members,
     Message,
@@ -38,6 +39,8 @@ from reference_cluster.rpc import NoAnswerError, Office, Questions
 
 log = logging.getLogger(__name__)
 CHECK_S_MAX = 5.0
+SILENT_BEATS = 2.5  # Without so many heartbeats nobody new is sent to a worker.
+UNDER_WAY_S_MAX = 2.0  # A message to a worker that answers is there after so long.
 Mirror = RemotePrefill | RemoteDecode | RemoteColocated
 
 
@@ -59,13 +62,28 @@ class Links:
         return self.sent.get(node, 0.0)
 
 
+class Losing(Protocol):
+    """Who is told of workers that go and come, and of requests that break."""
+
+    def lose(self, name: str) -> None: ...
+
+    def rejoin(self, name: str) -> None: ...
+
+    def shun(self, name: str, is_shunned: bool) -> None: ...
+
+    def broken(self, id: int, reason: str) -> None: ...
+
+
 class Workers:
     """All workers of the cluster, as the Conductor reaches them."""
 
-    def __init__(self, parts: Parts, index: PrefixIndex, on_end: OnEnd, directory: str) -> None:
+    def __init__(
+        self, parts: Parts, index: PrefixIndex, on_end: OnEnd, directory: str, cluster: Losing
+    ) -> None:
         self.parts = parts
         self.index = index
         self.on_end = on_end
+        self.cluster = cluster
         self.config = parts.config.workers
         self.loop = asyncio.get_running_loop()
         self.office = Office(office_address(directory), self.receive)
@@ -107,6 +125,26 @@ class Workers:
         self.mirrors[name] = made
         return made
 
+    def make(self, name: str) -> Mirror:
+        """A new mirror in this place."""
+        role, id = name.rsplit("-", 1)
+        of_role: dict[str, Callable[[int], Mirror]] = {
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "colocated": self.colocated,
+        }
+        return of_role[role](int(id))
+
+    def drop(self, name: str, now_s: float) -> None:
+        """What its batch had produced, as far as we were told, is in its requests."""
+        mirror = self.mirrors[name]
+        if not isinstance(mirror, RemotePrefill):
+            for request in [one.request for one in mirror.batch.members.values()]:
+                mirror.batch.remove(request)
+
+    def begin(self, name: str) -> None:
+        """The worker has begun already."""
+
     # ---- talking with the workers ------------------------------------------------------------
 
     def start(self, group: asyncio.TaskGroup) -> None:
@@ -139,10 +177,15 @@ class Workers:
                 self.office.post(identity, Who())
             return
         member.seen_s = self.loop.time()
+        if member.is_silent:
+            member.is_silent = False
+            self.cluster.shun(member.name, False)
         if isinstance(message, Beat):
             self.beat(member, message)
         if isinstance(message, Checked | Copied):
             self.questions.answered(message.ask, message)
+        elif isinstance(message, Ended) and message.status == "failed" and message.is_retried:
+            self.cluster.broken(message.id, message.reason)
         else:
             self.mirrors[member.name].receive(message)
 
@@ -152,6 +195,12 @@ class Workers:
         if isinstance(mirror, RemotePrefill) and before is not None and beat.at_s > before.at_s:
             sent = beat.counts.get("sent_bytes", 0.0) - before.counts.get("sent_bytes", 0.0)
             self.transport.sent[mirror.id] = sent / (beat.at_s - before.at_s)
+        # Whatever the mirror has and the worker has not was lost on the way.
+        known = frozenset(beat.requests)
+        for request in mirror.owned:
+            placed_s = request.timeline.placed_s or beat.at_s
+            if request.id not in known and beat.at_s - placed_s > UNDER_WAY_S_MAX:
+                self.cluster.broken(request.id, "lost-track")
 
     # ---- membership --------------------------------------------------------------------------
 
@@ -170,6 +219,7 @@ class Workers:
         self.loop.add_reader(descriptor, self.lose, hello.name, "its process has ended")
         self.membership.enter(identity, hello, self.loop.time())
         self.tell_members()
+        self.cluster.rejoin(hello.name)
         if not self.membership.missing:
             self.all_here.set()
 
@@ -181,6 +231,7 @@ class Workers:
         os.close(descriptor)
         self.membership.leave(name, reason)
         self.tell_members()
+        self.cluster.lose(name)
 
     def tell_members(self) -> None:
         members = Members(self.membership.peers())
@@ -197,6 +248,9 @@ class Workers:
                 now_s = self.loop.time()
                 if now_s - due_s > pace_s:
                     continue
+                for member in self.membership.silent(now_s, SILENT_BEATS * 2 * pace_s):
+                    member.is_silent = True
+                    self.cluster.shun(member.name, True)
                 for member in self.membership.silent(now_s, self.config.dead_after_s):
                     self.kill(member)
         finally:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from reference_cluster.cost_model import CostModel
 from reference_cluster.policies.batching import Chunk, DecodeBatch
 from reference_cluster.spans import Span
+
+OnLayer = Callable[[Chunk, int], None]  # This chunk's KV of this layer is computed.
 
 
 class ModelledEngine:
@@ -18,16 +20,27 @@ class ModelledEngine:
         self.cost = cost
         self.steps_max = steps_max
         self.loop = asyncio.get_running_loop()
+        self.on_layer: OnLayer | None = None  # Where KV has bytes: they are written then.
         self.lag_s_max = 0.0  # How late the loop woke us at worst: 0 in virtual time.
         # Of a pipeline: when each stage after the first will have done all that has entered.
         self.stages_free_s = [0.0] * (cost.stages - 1)
 
     async def prefill(self, start_s: float, chunk: Chunk) -> float:
         end_s = start_s + self.chunk_s(chunk)
-        await self.sleep_until(end_s)
+        if self.on_layer is not None:
+            await self.compute(start_s, end_s, chunk, self.on_layer)
+        else:
+            await self.sleep_until(end_s)
         if self.stages_free_s:
             self.flow_on(chunk, end_s)
         return end_s
+
+    async def compute(self, start_s: float, end_s: float, chunk: Chunk, on_layer: OnLayer) -> None:
+        """Layer by layer: each takes an equal share of the time."""
+        layers = self.cost.profile.layers
+        for layer in range(layers):
+            await self.sleep_until(start_s + (end_s - start_s) * (layer + 1) / layers)
+            on_layer(chunk, layer)
 
     def flow_on(self, chunk: Chunk, left_s: float) -> None:
         """The chunk leaves the first stage and goes through the others, behind those before it."""

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -96,6 +97,7 @@ class LocalWorkers:
     """The workers of one cluster as children of this process, and the directory they meet in."""
 
     def __init__(self, config: ClusterConfig, profile: Profile) -> None:
+        sweep_all()
         self.config = config
         self.id = f"{os.getpid()}-{secrets.token_hex(3)}"
         self.directory = tempfile.mkdtemp(prefix=f"mcb-{self.id}-")  # Of mode 0700.
@@ -144,6 +146,15 @@ class LocalWorkers:
             child.end(deadline_s)
         self.sweep()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def sweep_all() -> None:
+    """What clusters left behind whose supervisor was killed."""
+    sweep("mcb-")
+    for path in Path(tempfile.gettempdir()).glob("mcb-*-*-*"):
+        supervisor = path.name.split("-")[1]
+        if supervisor.isdecimal() and not Path("/proc", supervisor).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Supervisor:

@@ -12,6 +12,7 @@ import numpy as np
 from reference_cluster.config import ConductorConfig
 from reference_cluster.cost_model import CostModel
 from reference_cluster.policies.view import (
+    LOST_TOKENS,
     ClusterView,
     DecodeView,
     DecodeViews,
@@ -136,8 +137,9 @@ class Random:
         self.rng = rng
 
     def place(self, request: Request, view: ClusterView) -> Placement:
-        chosen = self.rng.choice(range(len(view.prefill)))
-        return here(request, view, self.cost, view.prefill[chosen])
+        there = np.flatnonzero(np.isfinite(view.prefill.queue_s))
+        chosen = self.rng.choice(there if len(there) else range(len(view.prefill)))
+        return here(request, view, self.cost, view.prefill[int(chosen)])
 
 
 def here(request: Request, view: ClusterView, cost: CostModel, instance: PrefillView) -> Placement:
@@ -170,8 +172,8 @@ def select_decode(request: Request, instances: DecodeViews, cost: CostModel) -> 
     batch = instances.batch + instances.expected
     step_s = cost.steps_s(batch, instances.context_tokens + instances.expected_tokens)
     is_full = instances.free_tokens < request.kv_tokens
-    if is_full.any() and not is_full.all():
-        step_s[is_full] = np.inf
+    if is_full.any():
+        step_s[is_full if not is_full.all() else instances.free_tokens == LOST_TOKENS] = np.inf
     return instances[int(step_s.argmin())]
 
 

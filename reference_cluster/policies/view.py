@@ -12,6 +12,7 @@ from reference_cluster.request import Request
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+LOST_TOKENS = -(1 << 60)  # Free on an instance that cannot be used: it keeps its row.
 Instances = int  # A set of instances: bit i is instance i.
 
 
@@ -20,7 +21,7 @@ class PrefillView:
     """An instance that can prefill, for one request: one row of `PrefillViews`."""
 
     id: int
-    queue_s: float  # Predicted seconds until it could start this request.
+    queue_s: float  # Predicted seconds until it could start this request; infinite: it is lost.
     reused_tokens: int  # Of this request's prompt, in its own pool by the time it would start.
     context_tokens: int  # In its decode batch and its waiting requests; 0 on a prefill instance.
     read_s: float = 0.0  # Seconds until what it has of the prompt on SSD could be in its DRAM.

@@ -1,0 +1,80 @@
+"""Which KV bytes does a worker have, and where? Its segment, slots, and the way to its peers'."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from importlib import import_module
+
+from reference_cluster.config import ClusterConfig
+from reference_cluster.engines.pattern import Pattern
+from reference_cluster.kvpool.memory import BlockMemory
+from reference_cluster.parts import Parts
+from reference_cluster.request import Block
+from reference_cluster.transports.bytes import ByteTransport, Endpoint, Segment
+
+SAMPLED_BLOCKS = 8  # Of so many blocks one is verified, and always the last.
+
+
+class WorkerMemory:
+    """Registered memory in slots of one block, and the transport that peers reach it by."""
+
+    def __init__(
+        self, segment: Segment, memory: BlockMemory, transport: ByteTransport, endpoint: Endpoint
+    ) -> None:
+        self.segment = segment
+        self.slots = memory
+        self.transport = transport
+        self.endpoint = endpoint
+        self.pattern = Pattern(memory.layers, memory.layer_bytes)
+
+    @classmethod
+    async def open(cls, parts: Parts, pool_blocks: int, cluster: str) -> WorkerMemory:
+        """Room for a pool and, beside it, for what is computed and on its way."""
+        config = parts.config
+        layers, layer_bytes = parts.profile.layers, parts.layer_bytes
+        working = -(-config.pool.working_tokens // config.block_tokens)
+        size = (pool_blocks + working) * layers * layer_bytes
+        segment = Segment.create(size, f"mcb-{cluster}-")
+        transport = make_transport(config)
+        endpoint = await transport.start(segment)
+        memory = BlockMemory(segment.buffer, layers, layer_bytes)
+        return cls(segment, memory, transport, endpoint)
+
+    async def close(self) -> None:
+        await self.transport.close()
+        self.segment.close()
+
+    def wrong(self, blocks: Sequence[Block], slots: Sequence[int]) -> Block | None:
+        """The first of these blocks whose bytes are not what they must be."""
+        for block, slot in zip(blocks, slots, strict=True):
+            assert isinstance(block, int)
+            if not self.pattern.is_right(block, self.slots.view(slot)):
+                return block
+        return None
+
+
+def sampled(count: int, verify: str, rng: random.Random) -> list[int]:
+    """Which of a prompt's blocks are verified."""
+    if verify == "always" or not count:
+        return list(range(count))
+    if verify == "off":
+        return []
+    some = rng.sample(range(count), -(-count // SAMPLED_BLOCKS))
+    return sorted({*some, count - 1})
+
+
+def make_transport(config: ClusterConfig) -> ByteTransport:
+    """The transport that the configuration names; what it needs is imported only then."""
+    name = config.network.transport
+    module, made = TRANSPORTS[name]
+    transport: ByteTransport = getattr(import_module(module), made)()
+    return transport
+
+
+TRANSPORTS = {
+    "shm": ("reference_cluster.transports.shm", "ShmTransport"),
+    "tcp": ("reference_cluster.transports.tcp", "TcpTransport"),
+    "rdma": ("reference_cluster.transports.rdma", "RdmaTransport"),
+    "mooncake": ("reference_cluster.transports.mooncake", "MooncakeTransport"),
+}
