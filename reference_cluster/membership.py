@@ -45,7 +45,7 @@ class Membership:
 
     def leave(self, name: str, reason: str) -> None:
         member = self.members[name]
-        member.state, member.reason = "lost", reason
+        member.state, member.reason, member.beat = "lost", reason, None
         self.by_identity.pop(member.identity, None)
 
     @property

@@ -146,7 +146,9 @@ class Copied(Message):
 
 
 class Who(Message):
-    """The Conductor does not know you: say hello."""
+    """The Conductor, of this process, does not know you: say hello."""
+
+    pid: int
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):

@@ -75,6 +75,7 @@ class Worker:
         self.office = Office(self.address, self.asked)
         self.requests: dict[int, Request] = {}
         self.event_id = 0
+        self.conductor_pid = 0  # Whom we have said hello to because it asked.
         self.cluster = directory.rsplit("mcb-", 1)[-1].rsplit("-", 1)[0]
         self.memory: WorkerMemory | None = None
         self.peers: Peers
@@ -151,7 +152,8 @@ class Worker:
             case Cancel():
                 if message.id in self.requests:
                     self.cancel(self.requests[message.id])
-            case Who():
+            case Who() if message.pid != self.conductor_pid:
+                self.conductor_pid = message.pid
                 self.start_anew()
             case Resend():
                 self.send_contents()

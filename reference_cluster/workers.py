@@ -174,7 +174,7 @@ class Workers:
         member = self.membership.by_identity.get(identity)
         if member is None:
             if isinstance(message, Beat):  # Of somebody before our time, or taken for dead.
-                self.office.post(identity, Who())
+                self.office.post(identity, Who(os.getpid()))
             return
         member.seen_s = self.loop.time()
         if member.is_silent:
@@ -209,6 +209,8 @@ class Workers:
         if hello.version != VERSION or hello.name not in self.membership.members:
             log.error("%r, version %d, is no worker of this cluster", hello.name, hello.version)
             return
+        if identity in self.membership.by_identity:
+            return  # It was asked twice who it is.
         if self.membership.members[hello.name].state == "member":
             self.lose(hello.name, "another process took its place")
         try:
@@ -294,9 +296,9 @@ class Workers:
         task.add_done_callback(lambda _: self.copies.pop(id(task)))
 
     async def check(self) -> dict[str, str]:
-        """What every worker's `check_integrity` says: one line each, empty where all is well."""
+        """What every member's `check_integrity` says: one line each, empty where all is well."""
         found = {}
-        for name in list(self.mirrors):
+        for name in [peer.name for peer in self.membership.peers()]:
             try:
                 answer = await self.questions.ask(partial(self.check_one, name), CHECK_S_MAX, name)
                 found[name] = answer.problem
