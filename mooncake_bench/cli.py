@@ -97,6 +97,7 @@ def cluster_config(
     prefix_caching: bool | None,
     slo: str | None,
     seed: int | None,
+    workers: str | None = None,
 ) -> tuple[ClusterConfig, Profile]:
     """The config file with the flags on top, and the profile that it names."""
     bounds = parse_slo(slo) if slo else None
@@ -113,6 +114,7 @@ def cluster_config(
         "slo.ttft_s": bounds and bounds.ttft_s,
         "slo.tbt_s": bounds and bounds.tbt_s,
         "seed": seed,
+        "workers.placement": workers,
     }
     resolved = load_config(config, overrides)
     return resolved, load_profile(resolved.profile)
@@ -177,13 +179,16 @@ def serve(
     prefix_caching: PrefixCaching = None,
     slo: SloText = None,
     seed: Seed = None,
+    workers: Annotated[
+        str | None, typer.Option(help="processes: one an instance | inside: all in one")
+    ] = None,
 ) -> None:
     """Serve the live cluster (or the colocated baseline) behind an OpenAI-compatible API."""
     from reference_cluster.serve import serve as serve_cluster
 
     resolved, costs = cluster_config(
         config, system, prefill, decode, instances, scheduling, admission,
-        profile, batching, prefix_caching, slo, seed,
+        profile, batching, prefix_caching, slo, seed, workers,
     )  # fmt: skip  # one line a flag would be a page
 
     def on_listening(url: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from reference_cluster.config import ClusterConfig
 from reference_cluster.kvpool.memory import PoolBytes
+from reference_cluster.kvpool.ssd_file import FileTier
 from reference_cluster.messages import Held, Prepared
 from reference_cluster.messenger import Messenger
 from reference_cluster.parts import Parts
@@ -61,6 +62,7 @@ Brought = dict[Block, int]  # Blocks and the slots their bytes are in; none wher
 class Carrier(Protocol):
     """What a prefill worker moves KV with."""
 
+    has_bytes: bool
     sources: dict[int, Brought]  # For `keep`: where the bytes of a request's blocks are.
     counts: dict[str, float]
 
@@ -106,6 +108,8 @@ class ModelledCarrier:
     A link is shared by what this worker sends and fetches; what others send to the same peer is
     not seen here.
     """
+
+    has_bytes = False
 
     def __init__(self, id: int, parts: Parts, instance: Any) -> None:
         config = parts.config
@@ -193,11 +197,16 @@ class Chain:
 class BytesCarrier:
     """Writes, lends, fetches and sends the real bytes of blocks."""
 
+    has_bytes = True
+
     def __init__(self, config: ClusterConfig, memory: WorkerMemory, instance: Any) -> None:
         self.config = config
         self.memory = memory
         self.instance = instance
         self.pool_bytes = PoolBytes(memory.slots, instance.pool)
+        if isinstance(instance.ssd, FileTier):
+            instance.ssd.kept = self.pool_bytes
+            instance.ssd.recover()
         self.deadline_s = config.failure.transfer_deadline_s
         self.pace = Pace(config.network.cap_bytes_per_s)
         self.rng = random.Random(config.seed)
@@ -222,10 +231,6 @@ class BytesCarrier:
         if stream is not None:
             slots.hold(self.computing.slots)
             self.chains[request.id] = self.computing
-        # What the pool counts as here and has lost the bytes of is computed in passing.
-        for layer in range(layers):
-            for place in range(len(have), pinned):
-                self.write_one(request, place, layer)
         return True
 
     def take(self, count: int) -> list[int] | None:
@@ -260,8 +265,14 @@ class BytesCarrier:
     def end(self, request: Request) -> None:
         self.computing = None
         brought = self.sources.pop(request.id, None)
-        if brought is not None:
-            self.drop(brought)
+        if brought is None:
+            return
+        if not request.is_cancelled:
+            # The pool has counted on bytes that were damaged on SSD; here they are anew.
+            mended = [block for block in brought if block in self.pool_bytes.unfilled]
+            kept = self.put(mended, brought)
+            self.instance.pool.unpin(mended[:kept])
+        self.drop(brought)
 
     def keep(self, request: Request, blocks: Sequence[Block]) -> int:
         return self.put(blocks, self.sources.get(request.id, {}))
@@ -344,7 +355,7 @@ class BytesCarrier:
         self, holder: int, peer: Endpoint | None, blocks: Sequence[Block], held: Held
     ) -> tuple[int, Brought]:
         assert peer is not None
-        count = min(held.count, len(held.ranges))
+        count = len(held.ranges)
         slots = self.take(count)
         if not slots:
             return 0, {}

@@ -91,6 +91,8 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # Memory beside the pool for what is computed or on its way, a worker. The longest prompt must
     # fit into it and into what the pool can spare.
     working_tokens: int = 65536
+    ssd_directory: str | None = None  # Where the blocks of prefill.ssd_tokens lie, a worker each.
+    direct_io: bool = False  # Past the page cache.
 
 
 class WorkersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -193,6 +195,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.prefill.dram_tokens is None:
             # A profile's is that of a real node, up to terabytes.
             raise ValueError("give prefill.dram_tokens, the real memory of each prefill worker")
+        if self.prefill.ssd_tokens and not self.pool.ssd_directory:
+            raise ValueError("give pool.ssd_directory, where prefill.ssd_tokens can lie")
         if self.prefill.nodes_per_group != 1:
             raise ValueError("network.transport moves no bytes within prefill.nodes_per_group")
 

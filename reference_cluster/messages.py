@@ -222,11 +222,11 @@ class Hold(Message):
 
 
 class Held(Message):
-    """So many blocks are pinned, in DRAM from `ready_s` on, in these ranges of my memory."""
+    """So many blocks are pinned and in DRAM, in these ranges of my memory (none where no bytes are
+    moved)."""
 
     ask: int
     count: int
-    ready_s: float
     ranges: list[Range]
 
 

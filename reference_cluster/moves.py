@@ -13,6 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from reference_cluster.carriers import Brought, Carrier, Room, Stream
@@ -120,7 +121,6 @@ class PrefillEnd:
         try:
             async with asyncio.timeout(self.deadline_s):
                 held: Held = await peers.ask(holder, hold, self.deadline_s)
-                await asyncio.sleep(max(0.0, held.ready_s - self.worker.loop.time()))
                 peer = peers.members[holder].endpoint
                 return await self.carrier.fetch(number(holder), peer, blocks, held)
         except (ClusterError, KeyError, TimeoutError) as error:
@@ -140,15 +140,26 @@ class PrefillEnd:
                 self.let_go((identity, message.ask))
 
     def hold(self, identity: bytes, message: Hold) -> None:
+        """Pin, and answer when all of it is in DRAM."""
         instance, key = self.worker.instance, (identity, message.ask)
         count, ready_s = instance.hold(message.blocks)
         instance.lending += 1
         # The reader gives up at its deadline; twice that is never too early to let go.
         expiry = self.worker.loop.call_later(2 * self.deadline_s, self.let_go, key)
         blocks = message.blocks[:count]
-        slots, ranges = self.carrier.lend(blocks)
-        self.lent[key] = Lent(identity, blocks, message.depth, slots, expiry)
-        self.worker.office.post(identity, Held(message.ask, count, ready_s, ranges))
+        self.lent[key] = Lent(identity, blocks, message.depth, [], expiry)
+        ssd = instance.ssd
+        if ssd is not None and ssd.are_awaited(blocks, ready_s, self.worker.loop.time()):
+            ssd.when_read(blocks, ready_s, partial(self.lend, key))
+        else:
+            self.lend(key)
+
+    def lend(self, key: tuple[bytes, int]) -> None:
+        lent = self.lent.get(key)
+        if lent is not None:
+            lent.slots, ranges = self.carrier.lend(lent.blocks)
+            count = len(ranges) if self.carrier.has_bytes else len(lent.blocks)
+            self.worker.office.post(lent.identity, Held(key[1], count, ranges))
 
     def let_go(self, key: tuple[bytes, int]) -> None:
         lent = self.lent.pop(key, None)

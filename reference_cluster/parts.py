@@ -72,14 +72,16 @@ class Parts:
         fetch: Callable[[Queued, Holder], None],
         hand_over: Callable[[Request, float], Delivery | None],
         on_prefilled: Callable[[Request, Delivery | None], None],
+        make_ssd: Callable[[BlockPool], SsdTier | None] | None = None,
     ) -> PrefillInstance:
+        """`make_ssd` where blocks have bytes, and SSD is a file; else it is modelled."""
         pool = BlockPool(self.dram_blocks, stored, evicted, self.config.prefill.eviction)
         return PrefillInstance(
             id,
             self.cost,
             self.engine(),
             pool,
-            self.ssd(pool),
+            (make_ssd or self.ssd)(pool),
             self.config.block_tokens,
             self.config.prefill.chunk_tokens,
             fetch,
@@ -88,12 +90,16 @@ class Parts:
         )
 
     def ssd(self, pool: BlockPool) -> SsdTier | None:
-        config, width = self.config, self.config.prefill.nodes_per_group
-        blocks = width * config.prefill.ssd_tokens // config.block_tokens
-        if not blocks:
+        if not self.ssd_blocks:
             return None
-        block_bytes = self.cost.kv_bytes(config.block_tokens)
-        return SsdTier(pool, blocks, block_bytes, width * self.profile.ssd_bytes_per_s)
+        block_bytes = self.cost.kv_bytes(self.config.block_tokens)
+        width = self.config.prefill.nodes_per_group
+        return SsdTier(pool, self.ssd_blocks, block_bytes, width * self.profile.ssd_bytes_per_s)
+
+    @property
+    def ssd_blocks(self) -> int:
+        prefill = self.config.prefill
+        return prefill.nodes_per_group * prefill.ssd_tokens // self.config.block_tokens
 
     def decode(self, id: int, on_end: OnEnd) -> DecodeInstance:
         config = self.config

@@ -171,10 +171,10 @@ class PrefillInstance(PrefillLoad):
         self.promise(request.blocks[held:])
         predicted_s = self.cost.occupied_s(request.input_tokens, placement.reused_tokens)
         queued = Queued(request, predicted_s, held, awaited=int(placement.fetch is not None))
-        if read_s > self.loop.time():
+        ssd, here = self.ssd, request.blocks[:held]
+        if ssd is not None and ssd.are_awaited(here, read_s, self.loop.time()):
             queued.awaited += 1
-            assert self.ssd is not None
-            self.ssd.when_read(request.blocks[:held], read_s, partial(self.arrived, queued))
+            ssd.when_read(here, read_s, partial(self.arrived, queued))
         self.queue.append(queued)
         self.backlog_s += predicted_s
         self.load_changed()

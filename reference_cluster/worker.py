@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from reference_cluster.carriers import BytesCarrier, Carrier, ModelledCarrier
@@ -21,6 +22,8 @@ from reference_cluster.colocated import ColocatedInstance
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
 from reference_cluster.decode import DecodeInstance
+from reference_cluster.kvpool.pool import BlockPool
+from reference_cluster.kvpool.ssd_file import FileTier, SsdFile
 from reference_cluster.launch.process import die_with_parent, read_cluster
 from reference_cluster.messages import (
     VERSION,
@@ -209,7 +212,9 @@ class Worker:
         pool = getattr(self.instance, "pool", None)
         if pool is not None:
             self.tell_event("cleared", ())
-            self.tell_event("stored", [*pool.pins, *pool.idle])
+            ssd = getattr(self.instance, "ssd", None)
+            below = [*ssd.blocks.idle] if ssd is not None else []
+            self.tell_event("stored", [*pool.pins, *pool.idle, *below])
 
 
 class FirstTokenSink(Sink):
@@ -250,10 +255,16 @@ class PrefillWorker(Worker):
     instance: PrefillInstance
 
     async def prepare(self, group: asyncio.TaskGroup) -> None:
+        await self.open_memory(self.parts.dram_blocks)
         self.instance = self.parts.prefill(
-            self.id, self.stored, self.removed, self.fetch, self.hand_over, self.prefilled
+            self.id,
+            self.stored,
+            self.removed,
+            self.fetch,
+            self.hand_over,
+            self.prefilled,
+            self.file_tier if self.memory is not None else None,
         )
-        await self.open_memory(self.instance.pool.capacity)
         self.carrier: Carrier
         if self.memory is None:
             self.carrier = ModelledCarrier(self.id, self.parts, self.instance)
@@ -261,6 +272,23 @@ class PrefillWorker(Worker):
             self.carrier = BytesCarrier(self.config, self.memory, self.instance)
         self.instance.keep = self.carrier.keep
         self.end = PrefillEnd(self, group, self.carrier)
+
+    def file_tier(self, pool: BlockPool) -> FileTier | None:
+        """The SSD below the pool, as a file that survives us."""
+        directory = self.config.pool.ssd_directory
+        if not self.parts.ssd_blocks or directory is None:
+            return None
+        assert self.memory is not None
+        size, profile = self.memory.slots.block_bytes, self.parts.profile
+        label = f"{profile.name} {profile.layers} {self.config.block_tokens}"
+        is_direct = self.config.pool.direct_io
+        file = SsdFile.open(Path(directory) / self.name, size, label, is_direct)
+        return FileTier(pool, self.parts.ssd_blocks, size, profile.ssd_bytes_per_s, file)
+
+    async def close(self) -> None:
+        if isinstance(self.instance.ssd, FileTier):
+            await self.instance.ssd.close()
+        await super().close()
 
     def fetch(self, queued: Queued, best: Holder) -> None:
         self.end.fetch(queued, best)

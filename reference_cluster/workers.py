@@ -49,14 +49,22 @@ def office_address(directory: str) -> str:
 
 
 class Links:
-    """What the Conductor takes the workers' links for: their configured speed, shared by nobody."""
+    """What the Conductor takes the workers' links for: as fast as they were found to be lately, or
+    as configured while nothing has moved."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self.bytes_per_s = bytes_per_s
-        self.sent: dict[int, float] = {}  # Bytes a second by node, as the workers report.
+        self.sent: dict[int, float] = {}  # Bytes a second by node, in all that time.
+        self.found: dict[int, float] = {}  # While it was sending.
+
+    def report(self, node: int, sent_bytes: float, busy_s: float, in_s: float) -> None:
+        """A worker has sent so much since its last report, and spent `busy_s` of the time on it."""
+        self.sent[node] = sent_bytes / in_s
+        if busy_s > 0.0:
+            self.found[node] = sent_bytes / busy_s
 
     def available_bytes_per_s(self, source: int) -> float:
-        return self.bytes_per_s
+        return self.found.get(source, self.bytes_per_s)
 
     def sent_bytes_per_s(self, node: int) -> float:
         return self.sent.get(node, 0.0)
@@ -193,8 +201,11 @@ class Workers:
         before, member.beat = member.beat, beat
         mirror = self.mirrors[member.name]
         if isinstance(mirror, RemotePrefill) and before is not None and beat.at_s > before.at_s:
-            sent = beat.counts.get("sent_bytes", 0.0) - before.counts.get("sent_bytes", 0.0)
-            self.transport.sent[mirror.id] = sent / (beat.at_s - before.at_s)
+            sent, busy_s = (
+                beat.counts.get(name, 0.0) - before.counts.get(name, 0.0)
+                for name in ("sent_bytes", "stream_busy_s")
+            )
+            self.transport.report(mirror.id, sent, busy_s, beat.at_s - before.at_s)
         # Whatever the mirror has and the worker has not was lost on the way.
         known = frozenset(beat.requests)
         for request in mirror.owned:

@@ -99,6 +99,10 @@ class SsdTier:
                 return count
         return len(blocks)
 
+    def are_awaited(self, blocks: Sequence[Block], ready_s: float, now_s: float) -> bool:
+        """Is any of these, which `hold` said are in DRAM at `ready_s`, still to be read?"""
+        return ready_s > now_s
+
     def intact(self, blocks: Sequence[Block]) -> int:
         """How many leading blocks, held and waited for, have been read without damage."""
         return len(blocks)

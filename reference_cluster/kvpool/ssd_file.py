@@ -385,6 +385,9 @@ class FileTier(SsdTier):
         self.settle(now_s)
         return self.kept.filled(blocks)
 
+    def are_awaited(self, blocks: Sequence[Block], ready_s: float, now_s: float) -> bool:
+        return any(block in self.reading for block in blocks)
+
     def intact(self, blocks: Sequence[Block]) -> int:
         return self.kept.filled(blocks)
 

@@ -133,6 +133,27 @@ def test_whoever_is_killed_comes_back(tmp_path: Path) -> None:
         wait_until(lambda: not problems(client, {}))
 
 
+def test_blocks_on_ssd_survive_their_worker(tmp_path: Path) -> None:
+    """10 blocks fit into DRAM, 100 on SSD: what has sunk is there after a kill, and right."""
+    config = CONFIG.replace("dram_tokens = 1000", "dram_tokens = 100\nssd_tokens = 1000")
+    config = config.replace("[pool]", f'[pool]\nssd_directory = "{tmp_path}"')
+    config = config.replace('"shm"', '"shm"\nverify = "always"')
+    with (
+        served(tmp_path, config) as (place, _),
+        httpx.Client(base_url=f"http://{place}", timeout=20.0) as client,
+    ):
+        for family in range(5):
+            prompt = [*range(family * 1000, family * 1000 + 85)]
+            client.post("/v1/completions", json=completion(prompt=prompt))
+        before = kill(client, "prefill-0", signal.SIGKILL)
+        wait_until(lambda: is_a_member_again(client, "prefill-0", before))
+        answer = client.post("/v1/completions", json=completion(prompt=[*range(85), 1]))
+        assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 80
+        wait_until(lambda: not problems(client, {}))
+        rows = workers(client).values()
+        assert sum(row.get("mismatched_blocks", 0) for row in rows) == 0
+
+
 def test_workers_survive_a_new_conductor(tmp_path: Path) -> None:
     """The same processes say hello again and tell what they hold: a prefix is still there."""
     with (
