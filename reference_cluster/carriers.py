@@ -35,7 +35,6 @@ COUNTED = (
     "mismatched_blocks",
 )
 BATCH_BYTES_MAX = 8 << 20  # Of one write or read: others get their turn, and a cancel acts.
-PACED_BYTES_MAX = 1 << 20  # The same where a cap is shared.
 
 
 class Stream:
@@ -208,7 +207,6 @@ class BytesCarrier:
             instance.ssd.kept = self.pool_bytes
             instance.ssd.recover()
         self.deadline_s = config.failure.transfer_deadline_s
-        self.pace = Pace(config.network.cap_bytes_per_s)
         self.rng = random.Random(config.seed)
         self.chains: dict[int, Chain] = {}
         self.sources: dict[int, Brought] = {}
@@ -321,7 +319,6 @@ class BytesCarrier:
     ) -> Iterator[tuple[list[Range], list[Range]]]:
         """What exists and was not sent, as ranges here and there, in batches of decent size."""
         layer_bytes, block_bytes = self.memory.slots.layer_bytes, self.memory.slots.block_bytes
-        most = PACED_BYTES_MAX if self.pace.bytes_per_s else BATCH_BYTES_MAX
         local: list[Range] = []
         remote: list[Range] = []
         size = 0
@@ -334,7 +331,7 @@ class BytesCarrier:
             local.append(Range(slot * block_bytes + offset, length))
             remote.append(Range(room[place].offset + offset, length))
             size += length
-            if size >= most:
+            if size >= BATCH_BYTES_MAX:
                 yield local, remote
                 local, remote, size = [], [], 0
         if local:
@@ -344,7 +341,6 @@ class BytesCarrier:
         size = sum(one.length for one in local)
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
-        await self.pace.wait(size)
         await self.memory.transport.write(peer, local, remote, self.deadline_s)
         self.counts["sent_bytes"] += size
         return loop.time() - begun_s
@@ -366,7 +362,6 @@ class BytesCarrier:
             per_batch = max(1, BATCH_BYTES_MAX // self.memory.slots.block_bytes)
             for first in range(0, count, per_batch):
                 some = slots[first : first + per_batch]
-                await self.pace.wait(len(some) * self.memory.slots.block_bytes)
                 local = [self.memory.slots.range_of(slot) for slot in some]
                 remote = held.ranges[first : first + per_batch]
                 await self.memory.transport.read(peer, remote, local, self.deadline_s)
@@ -402,21 +397,6 @@ class BytesCarrier:
         self.pool_bytes.check_integrity()
         used, pooled = self.memory.slots.used, len(self.pool_bytes.slots)
         assert not is_idle or used == pooled, f"{used} slots are in use, {pooled} by the pool"
-
-
-class Pace:
-    """A cap on bytes a second that transfers share in turns, each as much as it asks for."""
-
-    def __init__(self, bytes_per_s: float | None) -> None:
-        self.bytes_per_s = bytes_per_s
-        self.free_s = 0.0
-
-    async def wait(self, size: int) -> None:
-        """Return when so many more bytes may be taken for moved."""
-        if self.bytes_per_s:
-            loop = asyncio.get_running_loop()
-            self.free_s = max(self.free_s, loop.time()) + size / self.bytes_per_s
-            await asyncio.sleep(self.free_s - loop.time())
 
 
 class Room:

@@ -12,6 +12,7 @@ from reference_cluster.kvpool.memory import BlockMemory
 from reference_cluster.parts import Parts
 from reference_cluster.request import Block
 from reference_cluster.transports.bytes import ByteTransport, Endpoint, Segment
+from reference_cluster.transports.capped import CappedTransport
 
 SAMPLED_BLOCKS = 8  # Of so many blocks one is verified, and always the last.
 
@@ -69,6 +70,8 @@ def make_transport(config: ClusterConfig) -> ByteTransport:
     name = config.network.transport
     module, made = TRANSPORTS[name]
     transport: ByteTransport = getattr(import_module(module), made)()
+    if config.network.cap_bytes_per_s is not None:
+        return CappedTransport(transport, config.network.cap_bytes_per_s)
     return transport
 
 
