@@ -60,7 +60,11 @@ class Parts:
         """KV that one instance's device memory has room for."""
         config = self.config
         if config.system == "disaggregated":
-            return config.decode.device_tokens or self.profile.device_kv_tokens
+            device_tokens = config.decode.device_tokens or self.profile.device_kv_tokens
+            if config.network.transport != "modelled":
+                # All of a prompt's bytes must find room at its decode worker.
+                return min(device_tokens, config.pool.working_tokens)
+            return device_tokens
         tokens = config.colocated.device_tokens or self.profile.device_kv_tokens
         return tokens // config.block_tokens * config.block_tokens
 

@@ -22,6 +22,7 @@ from reference_cluster.colocated import ColocatedInstance
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
 from reference_cluster.decode import DecodeInstance
+from reference_cluster.errors import ClusterError
 from reference_cluster.kvpool.pool import BlockPool
 from reference_cluster.kvpool.ssd_file import FileTier, SsdFile
 from reference_cluster.launch.process import die_with_parent, read_cluster
@@ -428,7 +429,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, format=f"{asked.name}: %(message)s")
     die_with_parent(asked.parent)
-    asyncio.run(work(asked.name, asked.directory))
+    try:
+        asyncio.run(work(asked.name, asked.directory))
+    except ExceptionGroup as group:
+        if isinstance(group.exceptions[0], ClusterError):
+            sys.exit(f"{asked.name}: {group.exceptions[0]}")
+        raise
 
 
 if __name__ == "__main__":

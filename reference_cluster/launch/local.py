@@ -34,6 +34,7 @@ NAP_S = 0.2  # How often the supervisor looks whether somebody is due to start a
 END_S_MAX = 5.0  # A process that was asked to end is killed after so long.
 RESTART_S_MIN = 0.2  # Between two starts of the same process, doubled while it fails at once.
 RESTART_S_MAX = 10.0
+STARTS_MAX = 3  # Of a worker that ends before all have said hello.
 LIVED_S = 10.0  # Whoever lived so long did not fail at once.
 CONDUCTOR = "conductor"
 
@@ -218,6 +219,8 @@ class Supervisor:
                 with contextlib.suppress(BlockingIOError):
                     self.woken.recv(64)
             self.workers.watch()
+            if not is_ready:
+                self.check_starts()
             if not is_ready and self.told_ready():
                 is_ready = True
                 on_ready()
@@ -225,6 +228,12 @@ class Supervisor:
                 if not is_ready or not self.workers.config.workers.restart:
                     raise ServeError("the Conductor did not start; see what it said above")
                 self.conductor.restart_when_due()
+
+    def check_starts(self) -> None:
+        """A worker that ends again and again before all are there will not come."""
+        for child in self.workers.children:
+            if child.has_ended and child.starts >= STARTS_MAX:
+                raise ServeError(f"{child.name} does not start; see what it said above")
 
     def told_ready(self) -> bool:
         with contextlib.suppress(BlockingIOError):

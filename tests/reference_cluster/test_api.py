@@ -450,7 +450,8 @@ def test_serve_takes_a_free_port_and_ends_when_interrupted(tmp_path: Path) -> No
         "from reference_cluster.cost_model import load_profile\n"
         "from reference_cluster.serve import serve\n"
         "def tell(url): sys.stdout.write(url + '\\n'); sys.stdout.flush()\n"
-        f"serve(ClusterConfig(), load_profile({str(profile)!r}), '127.0.0.1', 0, None, tell)\n"
+        "config = ClusterConfig(prefill_instances=1, decode_instances=1)\n"
+        f"serve(config, load_profile({str(profile)!r}), '127.0.0.1', 0, None, tell)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, text=True

@@ -176,6 +176,20 @@ def test_what_is_served_may_end_when_the_server_is_asked_to(tmp_path: Path) -> N
     assert text.endswith("data: [DONE]\n\n")
 
 
+def test_memory_that_is_not_there_is_told_in_a_line(tmp_path: Path) -> None:
+    """A pool of 400 TB: the worker says so, and the server ends after a few tries."""
+    profile = write_profile(tmp_path / "fast.toml", FAST)
+    config = SHM.replace("dram_tokens = 1000", "dram_tokens = 100_000_000_000")
+    (tmp_path / "config.toml").write_text(f'profile = "{profile}"\n{config}')
+    command = [sys.executable, "-m", "mooncake_bench.cli", "serve", "--port", "0"]
+    command += ["--config", str(tmp_path / "config.toml"), "--prefill", "1", "--decode", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=40)
+    assert done.returncode == 2
+    assert "free space there or make the pool smaller" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "prefill-0 does not start" in done.stderr
+
+
 def test_a_worker_that_never_says_hello_is_named(tmp_path: Path) -> None:
     """One line, exit code 2, within the time given."""
     profile = write_profile(tmp_path / "fast.toml", FAST)
