@@ -254,6 +254,7 @@ class PrefillWorker(Worker):
     """Prefills, lends what its pool holds to its peers, and sends KV to decode workers."""
 
     instance: PrefillInstance
+    tier: FileTier | None = None
 
     async def prepare(self, group: asyncio.TaskGroup) -> None:
         await self.open_memory(self.parts.dram_blocks)
@@ -284,11 +285,13 @@ class PrefillWorker(Worker):
         label = f"{profile.name} {profile.layers} {self.config.block_tokens}"
         is_direct = self.config.pool.direct_io
         file = SsdFile.open(Path(directory) / self.name, size, label, is_direct)
-        return FileTier(pool, self.parts.ssd_blocks, size, profile.ssd_bytes_per_s, file)
+        speed = profile.ssd_bytes_per_s
+        self.tier = FileTier(pool, self.parts.ssd_blocks, size, speed, file)
+        return self.tier
 
     async def close(self) -> None:
-        if isinstance(self.instance.ssd, FileTier):
-            await self.instance.ssd.close()
+        if self.tier is not None:
+            await self.tier.close()
         await super().close()
 
     def fetch(self, queued: Queued, best: Holder) -> None:
