@@ -13,6 +13,9 @@ import os
 import sys
 import time
 
+EARLY_S = 0.00015
+"""A core that slept needs about so long to be up, so a long sleep ends this much early."""
+LONG_S = 0.001
 _CLOCK_MONOTONIC = 1  # The clock of time.perf_counter() on Linux.
 _ABSOLUTE = 1
 _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
@@ -54,10 +57,15 @@ class Alarm:
 
         Returns at once if that has passed; `due` may be infinite.
         """
+        has_slept = False
         while not self._is_woken and (left_s := due - time.perf_counter()) > 0.0:
+            if has_slept and left_s <= EARLY_S:
+                continue  # Awake already: the moment is met to a microsecond.
+            early_s = EARLY_S if left_s >= LONG_S else 0.0
+            has_slept = True
             self._waiter = self._loop.create_future()
             if due < math.inf:
-                self._set(due, left_s)
+                self._set(due - early_s, left_s - early_s)
             await self._waiter
         self._is_woken = False
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import msgspec
 import numpy as np
 
+from mooncake_bench.replay import stamped
 from mooncake_bench.replay.alarm import Alarm
 from mooncake_bench.replay.bodies import BuildAhead
 from mooncake_bench.replay.connection import Connection, now
@@ -26,6 +27,7 @@ from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.recorder import FAILED, REJECTED, Recorder, Verdict
 from mooncake_bench.replay.release import Releases, Retry
 from mooncake_bench.replay.schedule import Plan
+from mooncake_bench.replay.stamped import KernelClock
 
 IDLE_LIMIT_S = 4.0
 """An idle connection older than this is not reused: uvicorn hangs up after 5 s, others later."""
@@ -91,6 +93,8 @@ class ClientStats(msgspec.Struct, frozen=True):
     interrupted_at_s: float | None = None
     gone: str = ""
     """Why the endpoint was given up before the plan's end, if it was."""
+    kernel_times: bool = False
+    """Every time of an answer is the kernel's, of its arrival; else that of its reading."""
 
 
 class Engine:
@@ -119,6 +123,8 @@ class Engine:
         self._retry = retry
         self._gone_after_s = gone_after_s
         self._tls = ssl.create_default_context() if address.is_tls else None
+        # Under TLS one packet is not one read.
+        self._clock = KernelClock() if stamped.IS_OFFERED and self._tls is None else None
         self._start = 0.0
         self._releases = Releases(plan, 0.0, concurrency)
         self._is_sent = bytearray(len(plan))
@@ -264,13 +270,17 @@ class Engine:
 
     async def _open(self) -> Connection:
         loop = asyncio.get_running_loop()
+        connection = Connection(self._on_settled, self._on_released)
         async with asyncio.timeout(self._timeouts.connect_s):
-            _, connection = await loop.create_connection(
-                lambda: Connection(self._on_settled, self._on_released),
-                *self._info,
-                ssl=self._tls,
-                server_hostname=self._address.host if self._tls else None,
-            )
+            if self._clock is not None:
+                await stamped.connect(*self._info, connection, self._clock)
+            else:
+                await loop.create_connection(
+                    lambda: connection,
+                    *self._info,
+                    ssl=self._tls,
+                    server_hostname=self._address.host if self._tls else None,
+                )
         self._opened += 1
         self._connections.add(connection)
         return connection
@@ -372,6 +382,8 @@ class Engine:
             due = now() + TICK_S
             await asyncio.sleep(TICK_S)
             self._loop_lags.append(max(0.0, now() - due))
+            if self._clock is not None:
+                self._clock.follow()
             tick += 1
             if tick % every == 0:
                 self._sweep(now())
@@ -434,6 +446,7 @@ class Engine:
             rss_bytes=_most_memory(),
             interrupted_at_s=self._interrupted_at_s,
             gone=self._gone,
+            kernel_times=self._clock is not None and not self._clock.missing,
         )
 
 

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import cast
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,6 +21,18 @@ from mooncake_bench.replay.sse import SseError, SseReader, error_text
 REJECTION_STATUSES = (429, 503, 529)
 MAX_ERROR_BODY_BYTES = 65_536
 now = time.perf_counter
+
+
+class Transport(Protocol):
+    """What a connection needs of asyncio's transports."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def is_closing(self) -> bool: ...
+
+    def get_write_buffer_size(self) -> int: ...
 
 
 class Connection(asyncio.Protocol):
@@ -48,7 +60,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self._settled = settled
         self._released = released
-        self._transport: asyncio.Transport | None = None
+        self._transport: Transport | None = None
         self._reader: ResponseReader | None = None
         self._sse = SseReader()
         self._times = array("d")
@@ -66,9 +78,9 @@ class Connection(asyncio.Protocol):
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # A cast, not an assert: uvloop's transports do not derive from asyncio.Transport.
-        self._transport = cast(asyncio.Transport, transport)
+    def connection_made(self, transport: Any) -> None:
+        # Any: uvloop's transports do not derive from asyncio.Transport.
+        self._transport = transport
         self.idle_since = now()
         if (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -87,7 +99,12 @@ class Connection(asyncio.Protocol):
         return self.sent_at
 
     def data_received(self, data: bytes) -> None:
-        at = now()
+        self.arrived(data, now())
+
+    def arrived(self, data: bytes, at: float) -> None:
+        """Take bytes that reached this machine `at` this time, perhaps some time ago."""
+        # Never before what came before: two clocks are compared to a fraction of a microsecond.
+        at = max(at, self.last_token_at, self.sent_at)
         reader = self._reader
         if reader is None:  # Nobody asked for anything: such a connection cannot be trusted.
             self.close()

@@ -135,11 +135,8 @@ def _started(
 
 def ours(bench: Bench, part: Part, mock: Mock) -> tuple[Report, Usage]:
     """`mooncake-bench replay`, as a user runs it."""
-    command = [
-        Path(sys.executable).parent / "mooncake-bench",
-        "replay",
-        *_replay_flags(bench, part, mock),
-    ]
+    command = [sys.executable, "-m", "mooncake_bench.cli", "replay"]
+    command += _replay_flags(bench, part, mock)
     usage = measured(bench, command, ok=(0, 3))
     return _our_report(bench.scratch / "run"), usage
 

@@ -1,0 +1,138 @@
+"""When did these bytes reach this machine, whatever this process was doing? The kernel's stamps.
+
+A loop tells when it came to read; on a core that slept or was taken by somebody else that is a
+tenth of a millisecond to many milliseconds late. Linux notes the arrival of each packet where it is
+asked to (SO_TIMESTAMPNS, socket(7)); reads then carry that time, of the last packet in them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import sys
+import time
+
+from mooncake_bench.replay.connection import Connection, now
+
+IS_OFFERED = sys.platform == "linux"
+_SO_TIMESTAMPNS = 35
+_TIMESPEC = struct.Struct("@ll")
+_ANCILLARY_BYTES = 64
+READ_BYTES = 65_536
+
+
+class KernelClock:
+    """The kernel's stamps, which are of the wall clock, as seconds of time.perf_counter()."""
+
+    def __init__(self) -> None:
+        self.missing = 0
+        """Reads that carried no stamp."""
+        self.follow()
+
+    def follow(self) -> None:
+        """Compare the clocks again: the wall clock is being corrected all the time."""
+        before = time.perf_counter_ns()
+        wall = time.time_ns()
+        self._ahead_ns = wall - (before + time.perf_counter_ns()) // 2
+
+    def stamp(self, ancillary: list[tuple[int, int, bytes]]) -> float:
+        """When what was read arrived; now, where the kernel does not say."""
+        for level, kind, value in ancillary:
+            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
+                seconds, nanoseconds = _TIMESPEC.unpack(value)
+                at: float = (seconds * 1_000_000_000 + nanoseconds - self._ahead_ns) * 1e-9
+                return min(at, now())
+        self.missing += 1
+        return now()
+
+
+class StampedTransport:
+    """As much of asyncio.Transport as a Connection needs; it writes at once and reads with stamps.
+
+    Plain TCP only.
+    """
+
+    def __init__(self, sock: socket.socket, connection: Connection, clock: KernelClock) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = sock
+        self._connection = connection
+        self._clock = clock
+        self._unsent = memoryview(b"")
+        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        self._loop.add_reader(sock.fileno(), self._read)
+        connection.connection_made(self)
+
+    def get_extra_info(self, name: str) -> socket.socket | None:
+        return self._socket if name == "socket" else None
+
+    def is_closing(self) -> bool:
+        return self._socket is None
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._unsent)
+
+    def write(self, data: bytes) -> None:
+        """Hand the bytes to the kernel before returning, or as many as it takes."""
+        assert not self._unsent  # A connection carries one request at a time.
+        self._write_some(memoryview(data))
+        if self._unsent and self._socket is not None:
+            self._loop.add_writer(self._socket.fileno(), self._write_rest)
+
+    def abort(self) -> None:
+        self._lose(None)
+
+    def _read(self) -> None:
+        if self._socket is None:
+            return
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(READ_BYTES, _ANCILLARY_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        if data:
+            self._connection.arrived(data, self._clock.stamp(ancillary))
+        else:
+            self._lose(None)
+
+    def _write_rest(self) -> None:
+        self._write_some(self._unsent)
+        if not self._unsent and self._socket is not None:
+            self._loop.remove_writer(self._socket.fileno())
+
+    def _write_some(self, data: memoryview) -> None:
+        self._unsent = data
+        if self._socket is None:
+            return
+        try:
+            self._unsent = data[self._socket.send(data) :]
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError | None) -> None:
+        """Close; the connection is told later, as by asyncio's transports."""
+        if self._socket is None:
+            return
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        self._socket = None
+        self._unsent = memoryview(b"")
+        self._loop.call_soon(self._connection.connection_lost, error)
+
+
+async def connect(host: str, port: int, connection: Connection, clock: KernelClock) -> None:
+    """Open a stamped connection to an address (no name). Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (host, port))
+        StampedTransport(sock, connection, clock)
+    except BaseException:
+        sock.close()
+        raise
