@@ -13,7 +13,7 @@ import os
 import sys
 import time
 
-EARLY_S = 0.00015
+EARLY_S = 0.0001
 """A core that slept needs about so long to be up, so a long sleep ends this much early."""
 LONG_S = 0.001
 _CLOCK_MONOTONIC = 1  # The clock of time.perf_counter() on Linux.

@@ -104,7 +104,8 @@ class Connection(asyncio.Protocol):
     def arrived(self, data: bytes, at: float) -> None:
         """Take bytes that reached this machine `at` this time, perhaps some time ago."""
         # Never before what came before: two clocks are compared to a fraction of a microsecond.
-        at = max(at, self.last_token_at, self.sent_at)
+        if at < (earliest := self.last_token_at or self.sent_at):
+            at = earliest
         reader = self._reader
         if reader is None:  # Nobody asked for anything: such a connection cannot be trusted.
             self.close()

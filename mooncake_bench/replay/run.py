@@ -222,6 +222,7 @@ def conclude(
     started = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ago_s)
     # On the same machine, logs of the server on the monotonic clock can be laid beside it.
     client["start_perf_counter_s"] = start
+    client["times"] = "kernel" if all(one.kernel_times for one in engines) else "process"
     client["rss_bytes"] = max((one.rss_bytes for one in engines), default=0)
     samples = fetch_samples(target, start)
     if target.clock_ahead_s is not None:

@@ -31,7 +31,11 @@ class Scraper:
         self, base: str, headers: dict[str, str], *, every_s: float = EVERY_S, rows: int = MAX_ROWS
     ) -> None:
         self._http = httpx.Client(
-            base_url=base, timeout=TIMEOUT_S, trust_env=False, headers=headers
+            base_url=base,
+            timeout=TIMEOUT_S,
+            trust_env=False,
+            headers=headers,
+            verify=base.startswith("https:"),
         )
         self._every_s = every_s
         self._max_rows = rows

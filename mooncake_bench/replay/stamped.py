@@ -34,17 +34,20 @@ class KernelClock:
         """Compare the clocks again: the wall clock is being corrected all the time."""
         before = time.perf_counter_ns()
         wall = time.time_ns()
-        self._ahead_ns = wall - (before + time.perf_counter_ns()) // 2
+        ahead_ns = wall - (before + time.perf_counter_ns()) // 2
+        # In two parts: a double holds no nanoseconds since 1970.
+        self._ahead_s, self._ahead_ns = divmod(ahead_ns, 1_000_000_000)
 
     def stamp(self, ancillary: list[tuple[int, int, bytes]]) -> float:
-        """When what was read arrived; now, where the kernel does not say."""
-        for level, kind, value in ancillary:
-            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack(value)
-                at: float = (seconds * 1_000_000_000 + nanoseconds - self._ahead_ns) * 1e-9
-                return min(at, now())
-        self.missing += 1
-        return now()
+        """When what was read arrived, at the latest now; now where the kernel does not say."""
+        current = now()
+        if not ancillary:
+            self.missing += 1
+            return current
+        # Nothing else was asked for, so nothing else is there.
+        seconds, nanoseconds = _TIMESPEC.unpack(ancillary[0][2])
+        at: float = seconds - self._ahead_s + (nanoseconds - self._ahead_ns) * 1e-9
+        return at if at < current else current
 
 
 class StampedTransport:
