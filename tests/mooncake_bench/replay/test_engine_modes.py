@@ -151,8 +151,11 @@ def test_a_request_that_is_always_refused_is_rejected_in_the_end():
 def test_a_stop_ends_the_wait_for_a_retry():
     """An hour away: nobody waits for it when the run is ended."""
 
+    engines: list[Engine] = []
+
     async def handler(exchange: Exchange) -> None:
         await exchange.plain(429, b"{}", b"Retry-After: 3600")
+        asyncio.get_running_loop().call_later(0.2, engines[0].stop)
 
     async def main():
         async with Server(handler).running() as server:
@@ -161,7 +164,7 @@ def test_a_stop_ends_the_wait_for_a_retry():
             address = Address("127.0.0.1", server.port)
             retry = Retry(cap_s=3600.0)
             engine = Engine(a_plan([0.0]), bodies, address, Timeouts(), retry=retry)
-            asyncio.get_running_loop().call_later(0.3, engine.stop)
+            engines.append(engine)
             await engine.run(time.perf_counter())
             bodies.stop()
             return engine.recorder.drain()
