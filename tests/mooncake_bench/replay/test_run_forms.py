@@ -83,7 +83,7 @@ def prompts(server: Server) -> list:
 
 def test_a_salt_changes_all_prompts_alike_and_is_recorded(tmp_path):
     """None twice: the same tokens. `run`: others each time, shared blocks still shared."""
-    trace = a_trace([0.0, 0.0])
+    trace = a_trace([0.0, 0.1])
     same = trace.frame.with_columns(hash_ids=pl.Series([[1, 2], [1, 3]]))
     trace = Trace(same, trace.name, trace.sha256, 512)
     with serving(Server(good_stream, MODELS)) as server:
