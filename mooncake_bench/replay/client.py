@@ -415,6 +415,8 @@ class Engine:
     def _close_all(self) -> None:
         for connection in self._connections:
             connection.close()
+        if self._clock is not None:
+            self._clock.close()
         self._connections.clear()
         self._idle.clear()
 

@@ -28,7 +28,13 @@ class KernelClock:
     def __init__(self) -> None:
         self.missing = 0
         """Reads that carried no stamp."""
+        # Linux stamps packets while any socket asks for it, and begins a moment later.
+        self._asks = socket.socket()
+        ask_for_stamps(self._asks)
         self.follow()
+
+    def close(self) -> None:
+        self._asks.close()
 
     def follow(self) -> None:
         """Compare the clocks again: the wall clock is being corrected all the time."""
@@ -62,7 +68,7 @@ class StampedTransport:
         self._connection = connection
         self._clock = clock
         self._unsent = memoryview(b"")
-        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        ask_for_stamps(sock)
         self._loop.add_reader(sock.fileno(), self._read)
         connection.connection_made(self)
 
@@ -126,6 +132,10 @@ class StampedTransport:
         self._socket = None
         self._unsent = memoryview(b"")
         self._loop.call_soon(self._connection.connection_lost, error)
+
+
+def ask_for_stamps(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
 
 
 async def connect(host: str, port: int, connection: Connection, clock: KernelClock) -> None:

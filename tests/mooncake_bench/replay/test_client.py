@@ -42,7 +42,7 @@ async def send(server: Server, plan: Plan, timeouts: Timeouts = PATIENT, **setti
     bodies.start()
     engine = Engine(plan, bodies, Address("127.0.0.1", server.port), timeouts, **settings)
     try:
-        stats = await engine.run(time.perf_counter() + 0.05)
+        stats = await engine.run(time.perf_counter() + 0.15)
     finally:
         bodies.stop()
     batch = engine.recorder.drain()
@@ -80,7 +80,7 @@ def test_every_row_is_sent_once_at_its_time_and_every_token_has_a_gap():
 
     async def main():
         async with Server(good_stream).running() as server:
-            plan = a_plan([0.0] * 10 + [0.3] * 10)
+            plan = a_plan([0.0] * 10 + [0.6] * 10)
             _, stats, requests, spans = await send(server, plan)
             return server, stats, requests, spans
 
@@ -313,7 +313,7 @@ def test_stopping_keeps_what_was_measured():
             bodies.start()
             engine = Engine(plan, bodies, Address("127.0.0.1", server.port), PATIENT)
             asyncio.get_running_loop().call_later(0.6, engine.stop)
-            stats = await engine.run(time.perf_counter() + 0.05)
+            stats = await engine.run(time.perf_counter() + 0.15)
             bodies.stop()
             return stats, build_frames(plan, [engine.recorder.drain()])[0]
 

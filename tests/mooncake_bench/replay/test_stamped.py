@@ -1,6 +1,7 @@
 """The kernel's stamps: right whatever the process does, and whole streams through them."""
 
 import asyncio
+import contextlib
 import socket
 import time
 
@@ -25,6 +26,7 @@ def run(main):
 
 async def a_connection(listener: socket.socket, clock: KernelClock):
     """(the client's connection, the server's socket, a future of the verdict)."""
+    await asyncio.sleep(0.05)  # By then the kernel has begun to stamp.
     verdict = asyncio.get_running_loop().create_future()
     connection = Connection(verdict.set_result, lambda connection: None)
     await stamped.connect(*listener.getsockname(), connection, clock)
@@ -47,6 +49,7 @@ def test_a_client_that_stands_still_does_not_move_the_times_of_tokens():
             await asyncio.sleep(0.05)
             server.sendall(TOKEN + DONE)
             server.close()
+            clock.close()
             return before, after, await verdict, clock.missing
 
     before, after, verdict, missing = run(main())
@@ -64,7 +67,8 @@ def test_a_body_that_the_kernel_does_not_take_at_once_arrives_whole():
     async def main():
         loop = asyncio.get_running_loop()
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            connection, server, verdict = await a_connection(listener, KernelClock())
+            with contextlib.closing(KernelClock()) as clock:
+                connection, server, verdict = await a_connection(listener, clock)
             server.setblocking(False)
             connection.send(0, body)
             received = 0
@@ -84,7 +88,8 @@ def test_a_connection_closed_under_way_is_told_once():
 
     async def main():
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            connection, server, verdict = await a_connection(listener, KernelClock())
+            with contextlib.closing(KernelClock()) as clock:
+                connection, server, verdict = await a_connection(listener, clock)
             connection.send(0, b"GET / HTTP/1.1\r\n\r\n")
             server.close()
             told = await verdict
@@ -102,4 +107,5 @@ def test_without_a_stamp_the_time_is_that_of_reading():
     clock = KernelClock()
     before = time.perf_counter()
     assert before <= clock.stamp([]) <= time.perf_counter()
+    clock.close()
     assert clock.missing == 1
