@@ -128,7 +128,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         result = replay(trace, server.url, ReplayOptions())
     assert result.requests["status"].to_list() == ["finished"]
     assert not result.valid
-    assert "1 of 2 requests" in result.invalid_reasons[0]
+    assert any("1 of 2 requests" in reason for reason in result.invalid_reasons)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert write(result, trace, ReplayOptions(), tmp_path / "run").summary["offered"] == 1
 
