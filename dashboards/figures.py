@@ -246,6 +246,24 @@ def shares_over_time(curves: Sequence[Curve], column: str) -> go.Figure:
     return figure
 
 
+def counts_over_time(curves: Sequence[Curve], column: str) -> go.Figure:
+    """A count that holds until it changes, one line a run: time_s and `column`."""
+    figure = go.Figure()
+    for curve in curves:
+        figure.add_scatter(
+            name=curve.label,
+            x=curve.frame["time_s"] / 60,
+            y=curve.frame[column],
+            mode="lines",
+            line={"color": curve.colour, "width": 2, "shape": "hv"},
+            hovertemplate="%{x:.1f} min: %{y:,.0f}<extra>%{fullData.name}</extra>",
+        )
+    theme.styled(figure, height=260, x="minutes since start")
+    figure.update_xaxes(rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero", nticks=5)
+    return figure
+
+
 def refusals_over_time(curves: Sequence[Curve], bin_s: float) -> go.Figure:
     """Rejected and failed requests a second by reason, one panel a run; bins of `bin_s`."""
     colours = reason_colours(curves)

@@ -194,6 +194,20 @@ def read_run(directory: Path) -> Run:
     return Run(info=info, **frames, summary=summary, directory=directory)
 
 
+def read_server_metrics(run: Run) -> pl.DataFrame:
+    """What the server's /metrics said during the run, columns SERVER_METRICS; no rows if nothing.
+
+    Raises RecordsError.
+    """
+    path = run.directory / "server_metrics.parquet" if run.directory is not None else None
+    if path is None or not path.exists():
+        return pl.DataFrame(schema=SERVER_METRICS)
+    try:
+        return pl.read_parquet(path, schema=SERVER_METRICS)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise RecordsError(f"{path}: {_first_line(error)}") from error
+
+
 def conform(frame: pl.DataFrame, table: str) -> pl.DataFrame:
     """Return `frame` with exactly the columns of `table` (requests, spans, samples), cast.
 

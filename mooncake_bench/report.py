@@ -14,7 +14,7 @@ import polars as pl
 
 from dashboards import figures, page, theme
 from dashboards.figures import Bar, Curve
-from mooncake_bench import findings, metrics
+from mooncake_bench import findings, metrics, report_replay
 from mooncake_bench.findings import Comparison, Side
 from mooncake_bench.records import RecordsError, Run
 from mooncake_bench.slo import NOTHING, percent, seconds
@@ -102,6 +102,7 @@ def _section(group: Comparison, key: str) -> str:
         page.paragraph(_origin_of_times(group), "quiet small modelled"),
         f'<div class="cards">{"".join(map(_card, group.sides, colours))}</div>',
         page.table("numbers", _legend(group, colours), _number_rows(group)),
+        report_replay.classes(group, _legend(group, colours)),
         "<h3>How much of it is within the SLOs?</h3>",
         _capacity(group, colours, key),
         "<h3>How long do users wait?</h3>",
@@ -198,7 +199,6 @@ def _number_rows(group: Comparison) -> list[tuple[str, list[str]] | None]:
     def row(name: str, show: Callable[[Any], str], *path: str) -> tuple[str, list[str]]:
         return name, [show(_at(side.run.summary, path)) for side in group.sides]
 
-    counts = [row(name, _count, name) for name in ("offered", "finished", "rejected", "failed")]
     bounds = list(group.sides[0].run.summary["attainment_by_tbt"])
     capacities = [
         row(
@@ -215,7 +215,7 @@ def _number_rows(group: Comparison) -> list[tuple[str, list[str]] | None]:
         for quantile in ("p50", "p90", "p99")
     ]
     return [
-        *counts,
+        *report_replay.fates(group),
         None,
         row("attainment", percent, "attainment"),
         row("goodput (req/s)", _rate, "goodput_rps"),
@@ -431,6 +431,7 @@ def _instances(group: Comparison, colours: Sequence[str], key: str) -> str:
             "Fill of the KVCache pools",
             "Share of their blocks in use.",
         ),
+        *report_replay.server(group, colours, key),
         _refusals(group, colours, key),
     ]
     shown = [part for part in parts if part]

@@ -71,7 +71,7 @@ MAY_START_A_CLUSTER = (
     "mooncake_bench/gate/scenarios.py",
     "mooncake_bench/plan",
 )
-DRAWERS = ("report", "cli", "reproduce/page", "plan/page", "gate/page")
+DRAWERS = ("report", "report_replay", "cli", "reproduce/page", "plan/page", "gate/page")
 MAY_DRAW = tuple(f"mooncake_bench/{name}.py" for name in DRAWERS)
 SEEN_BY_DASHBOARDS = tuple(f"mooncake_bench.{name}" for name in ("metrics", "records", "slo"))
 

@@ -102,7 +102,7 @@ def test_the_next_turn_of_a_session_waits_for_the_answer():
             return server, await send(server, plan)
 
     server, table = run(main())
-    assert server.received == [0, 2, 1]
+    assert server.received[-1] == 1
     assert table["arrival_s"][2] == 0.02
     assert table["arrival_s"][1] >= 0.15
     wait_s = table["arrival_s"][1] - table["finished_s"][0]
