@@ -9,8 +9,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from mooncake_bench.records import RecordsError, Run, RunInfo, write_run
+from mooncake_bench.records import SERVER_METRICS, RecordsError, Run, RunInfo, write_run
 from mooncake_bench.report import write_report
+from mooncake_bench.slo import Slo
 
 ARun = Callable[..., Run]
 
@@ -99,6 +100,26 @@ def test_strings_of_a_run_are_never_markup(a_run: ARun, tmp_path: Path) -> None:
     assert "<img" not in re.sub(r"<script>/\*\*[\s\S]*?</script>", "", html, count=1)
     assert '<script>alert("x")' not in html
     assert "&lt;/script&gt;" in html
+
+
+def test_fates_classes_and_the_servers_own_metrics_are_shown(a_run: ARun, tmp_path: Path) -> None:
+    """Two classes with bounds of their own, each request sent twice, a server with one gauge."""
+    plain = a_run("d", requests=40, source="external", system="external")
+    requests = plain.requests.with_columns(
+        pl.Series("class", ["chat", "batch"] * 20), attempts=pl.lit(2, pl.Int64)
+    )
+    plain.info.slo_by_class["chat"] = Slo(1.5, 0.04)
+    rows = [(float(at), "vllm:num_requests_waiting", "", at % 3.0) for at in range(9)]
+    said = pl.DataFrame(rows, schema=SERVER_METRICS, orient="row")
+    run = write_run(tmp_path / "run", plain.info, requests, plain.spans, plain.samples, said)
+    page = write_report([run], tmp_path / "report.html")
+    text = text_of(page)
+    assert "sent 40 sends, with retries 80 finished 40 rejected early 0 failed late 0" in text
+    assert "batch: offered 20" in text
+    assert "chat: offered 20 within TTFT ≤ 1.5 s, TBT ≤ 40 ms" in text
+    html = page.read_text(encoding="utf-8")
+    assert 'id="g0-server-waiting"' in html
+    assert 'id="g0-server-running"' not in html
 
 
 def test_a_run_with_nothing_finished_still_has_a_page(a_run: ARun, tmp_path: Path) -> None:
