@@ -55,6 +55,8 @@ class RequestBuilder:
     def __init__(self, shape: RequestShape, plan: Plan) -> None:
         self._shape = shape
         self._plan = plan
+        self._rest = 0
+        """Tokens since the last rest."""
 
     def build(self, row: int) -> bytes:
         """The HTTP request of the row at this position of the plan."""
@@ -131,7 +133,10 @@ class RequestBuilder:
             part = blocks[start : start + step]
             slices.append(make(shape.trace_key, part, tokens, shape.block_tokens))
             left -= tokens
-            time.sleep(0)  # Whoever has a send to make now gets the interpreter.
+            self._rest += max(tokens, shape.block_tokens)
+            if self._rest >= SLICE_TOKENS:
+                self._rest = 0
+                time.sleep(0)  # Whoever has a send to make now gets the interpreter.
         return slices
 
 
