@@ -147,7 +147,7 @@ def said(cell: tuple[float, bool] | None) -> str:
     if cell is None:
         return ""
     value, is_bound = cell
-    return "misses" if is_bound else percent(value)
+    return "misses" if is_bound else f"{value:.1%}"
 
 
 def shares(points: Sequence[Share], target: float, x: str) -> go.Figure:

@@ -105,6 +105,7 @@ HOMES = {
     "pyverbs": ("reference_cluster/transports/rdma/verbs.py",),
     "mooncake": ("reference_cluster/transports/mooncake.py",),
     "ray": ("reference_cluster/launch", "mooncake_bench/plan/ray_pool.py"),
+    "aiconfigurator_core": ("mooncake_bench/plan/tables.py",),
 }
 
 

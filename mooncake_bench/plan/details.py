@@ -152,11 +152,13 @@ def own_variants(hunt: Hunt, candidate: Candidate) -> list[Variant]:
         for factor in LINKS:
             gigabits = link * factor * 8e-9
             name = "network.link_bytes_per_s"
-            add("link", f"{gigabits:.3g} Gbps", gigabits, factor == 1, name, link * factor)
+            add("link", f"{gigabits:,.0f} Gbps", gigabits, factor == 1, name, link * factor)
         for factor in CACHES:
             size = round(tokens * factor)
             gigabytes = size * profile.kv_bytes_per_token / 1e9
-            add("cache", f"{gigabytes:.3g} GB", gigabytes, factor == 1, "prefill.dram_tokens", size)
+            add(
+                "cache", f"{gigabytes:,.0f} GB", gigabytes, factor == 1, "prefill.dram_tokens", size
+            )
     for age_s in REPORTS_S:
         add("reports", f"{age_s:g} s", age_s, age_s == 0, "conductor.report_every_s", age_s)
     return found

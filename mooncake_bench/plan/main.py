@@ -22,10 +22,11 @@ from mooncake_bench.plan.pools import LocalPool, Pool
 from mooncake_bench.plan.result import GrowthPlan, PlanReport
 from mooncake_bench.plan.spec import Spec, file_of, load_spec, profile_of
 from mooncake_bench.plan.study import Study
+from mooncake_bench.plan.tables import profile_from, write_profile
 from mooncake_bench.plan.trial import loaded
 from mooncake_bench.records import fingerprint, installed_versions
 
-DATA, PAGE, TRIALS = "plan.json", "plan.html", "trials"
+DATA, PAGE, TRIALS, PROFILES = "plan.json", "plan.html", "trials", "profiles"
 OnDone = Callable[[Trial, Outcome, bool], None]
 
 
@@ -45,7 +46,7 @@ def plan(config: Path, out: Path, workers: int, ray_address: str, on_done: OnDon
 def studied_plan(config: Path, out: Path, pool: Pool, on_done: OnDone) -> PlanReport:
     """The same on a pool that is there."""
     began_s = time.monotonic()
-    spec = load_spec(config)
+    spec = with_fitted_profiles(load_spec(config), out / PROFILES)
     scene = scene_of(spec)
     for machine in spec.profiles:
         profile_of(machine)
@@ -72,6 +73,21 @@ def studied_plan(config: Path, out: Path, pool: Pool, on_done: OnDone) -> PlanRe
     written(out / DATA, encoded.decode())
     write_page(report, out / PAGE)
     return report
+
+
+def with_fitted_profiles(spec: Spec, directory: Path) -> Spec:
+    """Machines of kernel tables get a profile file of their own."""
+    machines = [
+        one
+        if one.tables is None
+        else msgspec.structs.replace(
+            one,
+            profile=str(write_profile(one.tables, directory, profile_from).resolve()),
+            tables=None,
+        )
+        for one in spec.profiles
+    ]
+    return msgspec.structs.replace(spec, profiles=tuple(machines))
 
 
 async def studied(study: Study) -> tuple[list[GrowthPlan], Any]:

@@ -24,13 +24,28 @@ class Promise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     target: float = 0.95
 
 
+class Tables(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A node that aiconfigurator has kernel tables of, and what its tables do not say."""
+
+    system: str  # Like h100_sxm.
+    model: str  # Like meta-llama/Meta-Llama-3.1-70B, or a directory with its config.json.
+    layers: int
+    kv_bytes_per_token: int
+    device_kv_tokens: int
+    backend: str = "vllm"
+    tp: int = 8
+    dram_kv_tokens: int = 3_000_000
+    link_bytes_per_s: float = 100e9
+
+
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A kind of node: its cost profile, and what an hour of one of its GPUs costs.
 
     `prefill_error` and `decode_error` are relative; None: what the profile states.
     """
 
-    profile: str
+    profile: str = ""
+    tables: Tables | None = None  # Instead of a profile: one is fitted to aiconfigurator's tables.
     price_per_gpu_hour: float = 1.0
     gpus_per_node: int = 8
     prefill_error: float | None = None
@@ -101,6 +116,8 @@ class Spec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, value in positive.items():
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value:g}; it must be above 0")
+        if any(bool(one.profile) == bool(one.tables) for one in self.profiles):
+            raise ValueError("profiles needs a profile, or tables to fit one to, each time")
         if self.limits.nodes < 2:
             raise ValueError(f"limits.nodes is {self.limits.nodes}; it must be at least 2")
         if not self.slo.target < 1.0:
@@ -160,6 +177,7 @@ def explained(message: str) -> str:
         "": Spec,
         "slo": Promise,
         "profiles": Machine,
+        "profiles.tables": Tables,
         "limits": Limits,
         "prices": Prices,
         "search": Search,
