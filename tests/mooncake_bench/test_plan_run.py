@@ -148,6 +148,30 @@ def test_a_report_of_nothing_is_a_page(report: tuple[PlanReport, Path], tmp_path
     assert "No cluster within the limits" in (tmp_path / "plan.html").read_text()
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_figure_fits(report: tuple[PlanReport, Path], chromium: Any, width: int):
+    """No console error, no request but the file, no sideways scrolling, every figure drawn."""
+    file = report[1] / "out" / "plan.html"
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    errors: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    figures = ["capacity", "splits", "overload"]
+    figures += [f"if-{axis}" for axis in ("growth", "prefixes", "cache", "link", "reports")]
+    for name in figures:
+        page.wait_for_selector(f"#{name} svg.main-svg")
+        box = page.locator(f"#{name} svg.main-svg").first.bounding_box()
+        assert box["x"] + box["width"] <= width, name
+    assert page.locator(".js-plotly-plot").count() == len(figures)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert errors == []
+    assert asked == [file.as_uri()]
+
+
 # ---- from the command line -----------------------------------------------------------------------
 
 

@@ -1,8 +1,7 @@
 """Does the page say what was run and how it went, to a reader and in a browser?"""
 
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +168,6 @@ def test_what_cannot_be_reported_is_a_one_line_error(a_run: ARun, tmp_path: Path
 
 
 # --- In a browser -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    """The system's Chromium, headless, driven by Playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if path is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.mark.browser
