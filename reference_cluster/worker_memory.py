@@ -78,6 +78,6 @@ def make_transport(config: ClusterConfig) -> ByteTransport:
 TRANSPORTS = {
     "shm": ("reference_cluster.transports.shm", "ShmTransport"),
     "tcp": ("reference_cluster.transports.tcp", "TcpTransport"),
-    "rdma": ("reference_cluster.transports.rdma", "RdmaTransport"),
+    "rdma": ("reference_cluster.transports.rdma.transport", "RdmaTransport"),
     "mooncake": ("reference_cluster.transports.mooncake", "MooncakeTransport"),
 }
