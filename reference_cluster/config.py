@@ -80,6 +80,9 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # What moves KV between workers: nothing but modelled time, or real bytes.
     transport: Transport = "modelled"
     verify: Verify = "sampled"  # Blocks looked at, byte by byte, when they have arrived.
+    # Of "rdma", by name, and those that step in when they fail; both (): by nearness.
+    rdma_devices: tuple[str, ...] = ()
+    rdma_secondary: tuple[str, ...] = ()
     cap_bytes_per_s: float | None = None  # Of what one worker sends or fetches; None: no cap.
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from reference_cluster.config import ClusterConfig
 from reference_cluster.engines.pattern import Pattern
@@ -67,11 +68,14 @@ def sampled(count: int, verify: str, rng: random.Random) -> list[int]:
 
 def make_transport(config: ClusterConfig) -> ByteTransport:
     """The transport that the configuration names; what it needs is imported only then."""
-    name = config.network.transport
-    module, made = TRANSPORTS[name]
-    transport: ByteTransport = getattr(import_module(module), made)()
-    if config.network.cap_bytes_per_s is not None:
-        return CappedTransport(transport, config.network.cap_bytes_per_s)
+    network = config.network
+    module, made = TRANSPORTS[network.transport]
+    options: dict[str, Any] = {}
+    if network.transport == "rdma":
+        options = {"preferred": network.rdma_devices, "secondary": network.rdma_secondary}
+    transport: ByteTransport = getattr(import_module(module), made)(**options)
+    if network.cap_bytes_per_s is not None:
+        return CappedTransport(transport, network.cap_bytes_per_s)
     return transport
 
 
