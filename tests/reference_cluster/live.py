@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from reference_cluster.launch.local import LocalWorkers
 from reference_cluster.serve import listen
 from tests.reference_cluster.small import a_profile, held
 
+# An emulated machine takes longer for everything.
+WAIT_S = float(os.environ.get("TEST_WAIT_S", "10"))
 FAST = a_profile(
     prefill={"base_s": 0.002, "token_s": 1e-6}, decode={"base_s": 0.001}, link_bytes_per_s=1e9
 )
@@ -96,7 +99,7 @@ def still_held(cluster: Cluster) -> list[str]:
     return [what for what, is_so in found.items() if is_so]
 
 
-def wait_until(is_so: Any, else_say: Any = lambda: "", within_s: float = 10.0) -> None:
+def wait_until(is_so: Any, else_say: Any = lambda: "", within_s: float = WAIT_S) -> None:
     end_s = time.monotonic() + within_s
     while not is_so():
         assert time.monotonic() < end_s, f"it never happened: {else_say()}"
