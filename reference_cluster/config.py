@@ -84,6 +84,8 @@ class NetworkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rdma_devices: tuple[str, ...] = ()
     rdma_secondary: tuple[str, ...] = ()
     cap_bytes_per_s: float | None = None  # Of what one worker sends or fetches; None: no cap.
+    host: str = "127.0.0.1"  # Of this host, where peers reach its workers.
+    mooncake_protocol: Literal["tcp", "rdma"] = "tcp"
 
 
 class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -69,14 +69,21 @@ def sampled(count: int, verify: str, rng: random.Random) -> list[int]:
 def make_transport(config: ClusterConfig) -> ByteTransport:
     """The transport that the configuration names; what it needs is imported only then."""
     network = config.network
-    module, made = TRANSPORTS[network.transport]
-    options: dict[str, Any] = {}
-    if network.transport == "rdma":
-        options = {"preferred": network.rdma_devices, "secondary": network.rdma_secondary}
-    transport: ByteTransport = getattr(import_module(module), made)(**options)
+    module, name = TRANSPORTS[network.transport]
+    options: dict[str, Any] = {
+        "shm": {},
+        "tcp": {"host": network.host},
+        "rdma": {
+            "address": network.host,
+            "preferred": network.rdma_devices,
+            "secondary": network.rdma_secondary,
+        },
+        "mooncake": {"host": network.host, "protocol": network.mooncake_protocol},
+    }
+    made: ByteTransport = getattr(import_module(module), name)(**options[network.transport])
     if network.cap_bytes_per_s is not None:
-        return CappedTransport(transport, network.cap_bytes_per_s)
-    return transport
+        return CappedTransport(made, network.cap_bytes_per_s)
+    return made
 
 
 TRANSPORTS = {

@@ -56,9 +56,11 @@ def ask_many(url: str, prompts: list[list[int]], max_tokens: int = 5) -> list[in
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "mooncake"])
 def test_every_block_arrives_as_it_was_computed(transport: str) -> None:
     """30 prompts of 100 to 390 tokens that share a prefix: all bytes verified where they decode."""
+    if transport == "mooncake":
+        pytest.importorskip("mooncake.engine", reason="the extra [mooncake] is not installed")
     prompts = [[*range(100), *range(n * 1000, n * 1000 + 10 * n)] for n in range(30)]
     network = {"transport": transport, "verify": "always"}
     with live(a_config(**BYTES, network=network)) as (client, front):
