@@ -39,6 +39,13 @@ COUNTS = {
 }
 
 
+RECOVERED = {
+    "lost_instances": "Instances that were lost, with all they held",
+    "replaced": "Requests placed again before their first token",
+    "resumed": "Streams that went on elsewhere",
+}
+
+
 class WorkerMetrics(Collector):
     """Workers as their last heartbeats tell; counters of a restarted one begin anew."""
 
@@ -57,6 +64,10 @@ class WorkerMetrics(Collector):
                 age.add_metric([row["name"]], row["report_age_s"])
         yield up
         yield age
+        for key, text in RECOVERED.items():
+            family = CounterMetricFamily(f"mooncake_bench_{key}", text)
+            family.add_metric([], self.cluster.recovery.counts[key])
+            yield family
         for key, (name, text) in COUNTS.items():
             family = CounterMetricFamily(name, text, labels=["instance"])
             for row in rows:

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -102,6 +104,8 @@ class Workers:
         self.transport = Links(link)
         self.all_here = asyncio.Event()
         self.exits: dict[str, int] = {}  # A pidfd of each member.
+        self.directory = Path(directory)
+        self.begun_s = self.loop.time()
         self.copies: dict[int, asyncio.Task[None]] = {}
 
     # ---- making the mirrors ------------------------------------------------------------------
@@ -224,12 +228,13 @@ class Workers:
             return  # It was asked twice who it is.
         if self.membership.members[hello.name].state == "member":
             self.lose(hello.name, "another process took its place")
-        try:
-            descriptor = os.pidfd_open(hello.pid)
-        except ProcessLookupError:
-            return  # It has ended since.
-        self.exits[hello.name] = descriptor
-        self.loop.add_reader(descriptor, self.lose, hello.name, "its process has ended")
+        if sys.platform == "linux":
+            try:
+                descriptor = os.pidfd_open(hello.pid)
+            except ProcessLookupError:
+                return  # It has ended since.
+            self.exits[hello.name] = descriptor
+            self.loop.add_reader(descriptor, self.lose, hello.name, "its process has ended")
         self.membership.enter(identity, hello, self.loop.time())
         self.tell_members()
         self.cluster.rejoin(hello.name)
@@ -239,9 +244,10 @@ class Workers:
     def lose(self, name: str, reason: str) -> None:
         """A worker has ended or is taken for dead."""
         log.warning("%s is lost: %s", name, reason)
-        descriptor = self.exits.pop(name)
-        self.loop.remove_reader(descriptor)
-        os.close(descriptor)
+        if name in self.exits:
+            descriptor = self.exits.pop(name)
+            self.loop.remove_reader(descriptor)
+            os.close(descriptor)
         self.membership.leave(name, reason)
         self.tell_members()
         self.cluster.lose(name)
@@ -266,11 +272,27 @@ class Workers:
                     self.cluster.shun(member.name, True)
                 for member in self.membership.silent(now_s, self.config.dead_after_s):
                     self.kill(member)
+                if self.membership.missing:
+                    self.kill_strangers()
         finally:
             for name in list(self.exits):
                 self.loop.remove_reader(self.exits[name])
                 os.close(self.exits.pop(name))
             self.office.close()
+
+    def kill_strangers(self) -> None:
+        """Workers that hang since before our time never say hello: known by their sockets."""
+        if self.loop.time() - self.begun_s < self.config.dead_after_s:
+            return
+        for name in self.membership.missing:
+            for path in sorted(self.directory.glob(f"{name}.*")):
+                age_s = time.time() - path.stat().st_mtime
+                command = Path("/proc", path.suffix[1:], "cmdline")
+                if age_s > self.config.dead_after_s and command.exists():
+                    if f"--name\0{name}\0".encode() in command.read_bytes():
+                        log.warning("%s never said hello: killed", path.name)
+                        os.kill(int(path.suffix[1:]), signal.SIGKILL)
+                    path.unlink()
 
     def kill(self, member: Member) -> None:
         """First, so that it can never write to anybody's memory again; then it is lost."""

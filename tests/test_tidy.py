@@ -183,7 +183,7 @@ WALL_CLOCKS = {
 # The response's `created` is a date by OpenAI's definition; the others are the live front.
 OWN_CLOCK = tuple(
     f"reference_cluster/{name}.py"
-    for name in ("openai_protocol", "serve", "api", "live_metrics", "launch/local")
+    for name in ("openai_protocol", "serve", "api", "live_metrics", "launch/local", "workers")
 )
 
 

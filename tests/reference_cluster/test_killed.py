@@ -162,10 +162,32 @@ def test_workers_survive_a_new_conductor(tmp_path: Path) -> None:
     ):
         assert client.post("/v1/completions", json=completion()).status_code == 200
         before = {name: row["pid"] for name, row in workers(client).items()}
-        parent = Path(f"/proc/{before['prefill-0']}/stat").read_text().rsplit(")", 1)[1].split()[1]
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        (conductor,) = {int(pid) for pid in children} - {*before.values()}
-        os.kill(conductor, signal.SIGKILL)
+        os.kill(the_conductor(before), signal.SIGKILL)
         answer = httpx.post(f"http://{place}/v1/completions", json=completion(), timeout=20.0)
         assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 39
         assert {name: row["pid"] for name, row in workers(client).items()} == before
+
+
+def test_a_new_conductor_ends_a_worker_that_hangs(tmp_path: Path) -> None:
+    """It never says hello to anybody: found by its socket, killed, started again."""
+    with (
+        served(tmp_path, CONFIG) as (place, _),
+        httpx.Client(base_url=f"http://{place}", timeout=20.0) as client,
+    ):
+        before = {name: row["pid"] for name, row in workers(client).items()}
+        os.kill(before["decode-0"], signal.SIGSTOP)
+        os.kill(the_conductor(before), signal.SIGKILL)
+        answer = httpx.post(f"http://{place}/v1/completions", json=completion(), timeout=30.0)
+        assert answer.status_code == 200
+        with httpx.Client(base_url=f"http://{place}", timeout=20.0) as again:
+            after = {name: row["pid"] for name, row in workers(again).items()}
+        assert after["prefill-0"] == before["prefill-0"]
+        assert after["decode-0"] != before["decode-0"]
+
+
+def the_conductor(pids: dict[str, int]) -> int:
+    """The supervisor's one child that is no worker."""
+    parent = Path(f"/proc/{pids['prefill-0']}/stat").read_text().rsplit(")", 1)[1].split()[1]
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    (conductor,) = {int(pid) for pid in children} - {*pids.values()}
+    return conductor
