@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,9 @@ from mooncake_bench.gate.errors import GateError
 from mooncake_bench.gate.evidence import DECISIONS, Evidence, leaves
 from mooncake_bench.gate.toml import read_toml
 from mooncake_bench.records import REQUESTS, conform
-from mooncake_bench.simulation import simulated_run
 from reference_cluster.config import load_config
 from reference_cluster.cost_model import load_profile
 from reference_cluster.errors import ClusterError
-from reference_cluster.simulate import collector_paused
 from workloads.trace import TraceError, open_trace
 from workloads.transform import jitter
 
@@ -80,6 +76,9 @@ def run_scenarios(scenarios: list[Scenario], workers: int) -> Iterator[Outcome]:
     if workers == 1 or len(scenarios) == 1:
         yield from map(run_scenario, scenarios)
         return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     # Spawned: a fork of a process with polars' threads may hang.
     with ProcessPoolExecutor(min(workers, len(scenarios)), get_context("spawn")) as pool:
         yield from pool.map(run_scenario, scenarios)
@@ -87,6 +86,10 @@ def run_scenarios(scenarios: list[Scenario], workers: int) -> Iterator[Outcome]:
 
 def run_scenario(scenario: Scenario) -> Outcome:
     """Run one; the same outcome everywhere, to the last digit but for the order of sums."""
+    # Here, for the command line imports this module for every verb, and replay must stay small.
+    from mooncake_bench.simulation import simulated_run
+    from reference_cluster.simulate import collector_paused
+
     try:
         trace = open_trace(scenario.trace, seed=scenario.seed)
         config = load_config(None, {"seed": scenario.seed, **dotted(scenario.cluster)})
