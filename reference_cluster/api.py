@@ -27,10 +27,10 @@ from reference_cluster.openai_protocol import (
     asked_tokens,
     error_body,
     parse_body,
-    prompt_tokens,
 )
 from reference_cluster.policies.admission import Rejected
 from reference_cluster.request import Request, Sink, Timeline
+from reference_cluster.speech import make_speech
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Front:
         self.profile = profile
         self.token = token
         self.directory = directory
+        self.speech = make_speech(config.engine)
         self.on_ready: Callable[[], object] = lambda: None
         self.ids = itertools.count()
         self.cluster: Cluster
@@ -155,7 +156,8 @@ class Front:
         received_s = self.cluster.loop.time()
         try:
             body = parse_body(await read_body(http), is_chat)
-            tokens = prompt_tokens(body)
+            tokens = self.speech.tokens(body)
+            self.check_length(len(tokens), asked_tokens(body))
         except TooLargeError as mistake:
             return error(str(mistake), "invalid_request_error", 413)
         except BadRequestError as mistake:
@@ -172,6 +174,7 @@ class Front:
             prefix_hashes(tokens, self.config.block_tokens),
             Timeline(received_s),
             sink=listener,
+            prompt=self.speech.prompt(tokens),
         )
         rejected = self.cluster.submit(request)
         if rejected is not None:
@@ -180,6 +183,15 @@ class Front:
         if body.stream:
             return await self.stream(http, request, listener, answer)
         return await self.whole(http, request, listener, answer)
+
+    def check_length(self, input_tokens: int, output_tokens: int) -> None:
+        """What no engine here could ever compute; raises BadRequestError."""
+        most = self.speech.context_tokens_max
+        if most is not None and input_tokens + output_tokens > most:
+            raise BadRequestError(
+                f"{input_tokens} prompt and {output_tokens} output tokens exceed the model's "
+                f"context of {most}"
+            )
 
     async def stream(
         self, http: HttpRequest, request: Request, listener: Listener, answer: Answer
@@ -198,16 +210,18 @@ class Front:
                     unsent = await listener.wait()
                     # The last token comes with the finish reason, when its request has ended.
                     ready = unsent - int(left == unsent)
+                    sent = request.output_tokens - left
                     left -= unsent
                     if ready:
-                        yield answer.token_event * ready
+                        yield answer.token_events(self.speech.texts(request.output, sent, ready))
                     if listener.has_ended:
                         break
                 if request.status == "failed":
                     # No [DONE]: a stream that breaks must not look like one that ended.
                     yield b"data: " + failure(request) + b"\n\n"
                 else:
-                    yield answer.last_events(request)
+                    texts = self.speech.texts(request.output, request.output_tokens - 1, 1)
+                    yield answer.last_events(request, texts[0])
             finally:
                 self.cluster.cancel(request)
 
@@ -222,7 +236,8 @@ class Front:
             listener.changed.clear()
         if request.status in ("rejected", "failed"):
             return self.refusal(request)
-        return Response(answer.whole(request), media_type=JSON)
+        text = "".join(self.speech.texts(request.output, 0, request.produced_tokens))
+        return Response(answer.whole(request, text), media_type=JSON)
 
     async def wait_or_hang_up(
         self, http: HttpRequest, request: Request, listener: Listener
@@ -281,7 +296,7 @@ class Front:
                 "title": self.config.title,
                 "config": msgspec.to_builtins(self.config),
                 "profile": profile,
-                "source": "live-modelled",
+                "source": f"live-{self.config.engine.kind}",
                 "workers": self.cluster.house.rows(),
             }
         )

@@ -212,7 +212,9 @@ class BytesCarrier:
         self.sources: dict[int, Brought] = {}
         self.computing: Chain | None = None
         self.counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
+        instance.engine.attach(memory.segment.buffer)
         instance.engine.on_layer = self.write
+        self.is_modelled = config.engine.kind == "modelled"
 
     # ---- computing ---------------------------------------------------------------------------
 
@@ -225,6 +227,7 @@ class BytesCarrier:
             return False
         depths = [layers] * len(have) + [0] * len(taken)
         self.computing = Chain(have + taken, depths, stream)
+        self.instance.engine.begin(request, self.computing.slots)
         self.sources[request.id] = dict(zip(request.blocks, have + taken, strict=True))
         if stream is not None:
             slots.hold(self.computing.slots)
@@ -257,7 +260,8 @@ class BytesCarrier:
         assert isinstance(key, int)
         if chain.layers[place] == layer:
             view = self.memory.slots.view(chain.slots[place], layer)
-            self.memory.pattern.write(key, layer, view)
+            if self.is_modelled:  # A real engine has written them itself.
+                self.memory.pattern.write(key, layer, view)
             chain.layers[place] = layer + 1
 
     def end(self, request: Request) -> None:

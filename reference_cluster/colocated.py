@@ -270,6 +270,7 @@ class ColocatedInstance(ColocatedLoad):
     def leave(self, request: Request) -> None:
         """Give its device memory back; named blocks stay for others while there is room."""
         memory = self.memory.pop(request.id)
+        self.engine.forget(request)
         self.pool.release(memory.reserved)
         self.pool.unpin(request.blocks[: memory.pinned])
 

@@ -100,6 +100,19 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     direct_io: bool = False  # Past the page cache.
 
 
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What computes the tokens of a live cluster; the simulator's engine is always modelled."""
+
+    kind: Literal["modelled", "torch"] = "modelled"
+    model: str = "tiny"  # A directory with config.json and safetensors, or a preset.
+    seed: int = 0  # Of a preset's random weights.
+    dtype: str | None = None  # float32, bfloat16, float16; None: what the model's config says.
+    device: str = "cpu"  # Or cuda:N.
+    kv_tokens: int = 65536  # The engine's own KV memory, of each instance.
+    page_tokens: int = 128
+    native: bool = True  # Decode attention in C on a CPU, where there is a compiler.
+
+
 class WorkersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the instances of a live cluster run, and when one counts as dead."""
 
@@ -140,6 +153,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pool: PoolConfig = PoolConfig()
     workers: WorkersConfig = WorkersConfig()
     failure: FailureConfig = FailureConfig()
+    engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
         counts = {
@@ -166,6 +180,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "pool.working_tokens": self.pool.working_tokens,
             "workers.heartbeat_s": self.workers.heartbeat_s,
             "failure.transfer_deadline_s": self.failure.transfer_deadline_s,
+            "engine.kv_tokens": self.engine.kv_tokens,
+            "engine.page_tokens": self.engine.page_tokens,
             "workers.start_s_max": self.workers.start_s_max,
         }
         for name, count in counts.items():
@@ -185,11 +201,29 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} is {count}; it must not be negative")
         if self.network.transport != "modelled" and self.system == "disaggregated":
             self.check_bytes()
+        if self.engine.kind == "torch":
+            self.check_real_tokens()
         if not self.workers.dead_after_s >= 2 * self.workers.heartbeat_s:
             # One late heartbeat is no death.
             raise ValueError("workers.dead_after_s must be at least twice workers.heartbeat_s")
         if self.colocated.step_tokens_max <= self.colocated.batch_max:
             raise ValueError("colocated.step_tokens_max must exceed colocated.batch_max")
+
+    def check_real_tokens(self) -> None:
+        """What does not go with an engine that computes; raises ValueError."""
+        engine, is_apart = self.engine, self.system == "disaggregated"
+        wrong = {
+            'workers.placement "inside"': self.workers.placement != "processes",
+            'network.transport "modelled"': is_apart and self.network.transport == "modelled",
+            "prefill.ssd_tokens": bool(is_apart and self.prefill.ssd_tokens),
+            "colocated.prefix_caching": not is_apart and self.colocated.prefix_caching,
+            "a page_tokens that does not divide block_tokens": bool(
+                self.block_tokens % engine.page_tokens
+            ),
+        }
+        for what, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(f'engine.kind "torch" cannot be had with {what}; change either')
 
     def check_bytes(self) -> None:
         """What must be said where bytes are moved for real; raises ValueError."""

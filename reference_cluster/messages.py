@@ -6,6 +6,7 @@ Blocks are the 64-bit keys of `blocks.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -14,7 +15,7 @@ from reference_cluster.policies.scheduling import Placement
 from reference_cluster.request import Request, Sink, Timeline
 from reference_cluster.transports.bytes import Endpoint, Range
 
-VERSION = 1  # Of this file: whoever says hello with another one is turned away.
+VERSION = 2  # Of this file: whoever says hello with another one is turned away.
 
 
 class Message(msgspec.Struct, tag=True, array_like=True):
@@ -33,6 +34,7 @@ class Stamps(msgspec.Struct, array_like=True):
     fetched_tokens: int = 0
     prefilled_tokens: int = 0
     prefill_busy_s: float = 0.0
+    output: list[int] = []  # Its tokens, where they are real.
 
 
 TIMES = ("fetched_s", "prefill_start_s", "prefill_end_s", "transferred_s", "first_token_s")
@@ -111,6 +113,7 @@ class Spanned(Message):
     growth_s: float
     end_s: float
     running_blocks: int = 0
+    tokens: list[tuple[int, int]] = []  # (request, its token), where they are real.
 
 
 class Left(Message):
@@ -177,6 +180,7 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     placed_s: float
     prefill: str
     decode: str
+    prompt: Sequence[int] = ()  # Where tokens are real, for whoever computes them.
 
 
 class Serve(Message):
@@ -306,6 +310,7 @@ def stamps_of(request: Request) -> Stamps:
     return Stamps(
         **{name: getattr(request.timeline, name) for name in TIMES},
         **{name: getattr(request, name) for name in COUNTS},
+        output=request.output,
     )
 
 
@@ -332,6 +337,7 @@ def work_of(request: Request) -> Work:
         stamps.placed_s or stamps.arrived_s,
         request.prefill,
         request.decode,
+        request.prompt,
     )
 
 
@@ -340,4 +346,5 @@ def request_of(work: Work, sink: Sink | None = None) -> Request:
     timeline = Timeline(work.arrived_s, work.placed_s)
     request = Request(work.id, work.input_tokens, work.output_tokens, work.blocks, timeline, sink)
     request.prefill, request.decode = work.prefill, work.decode
+    request.prompt = work.prompt
     return request

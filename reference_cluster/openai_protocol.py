@@ -87,10 +87,15 @@ def prompt_tokens(body: Body) -> Sequence[int]:
         if min(body.prompt) < 0 or max(body.prompt) >= 1 << 32:
             raise BadRequestError("`prompt` has a token id outside 0..2^32-1")
         return body.prompt
-    words = (body.prompt or chat_text(body.messages or [])).split()
+    words = prompt_text(body).split()
     if not words:
         raise BadRequestError("the prompt holds no word")
     return [crc32(word.encode()) for word in words]
+
+
+def prompt_text(body: Body) -> str:
+    """What was asked, where it is text."""
+    return body.prompt if isinstance(body.prompt, str) else chat_text(body.messages or [])
 
 
 def chat_text(messages: list[Message]) -> str:
@@ -114,12 +119,18 @@ class Answer:
         self.head = {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
         if is_chat and body.stream:
             self.head["object"] = "chat.completion.chunk"
-        self.token_event = self.event(self.choice(None))
+        self.token_event = self.event(self.choice(None, TOKEN_TEXT))
 
-    def choice(self, finish_reason: str | None) -> dict[str, Any]:
+    def choice(self, finish_reason: str | None, text: str) -> dict[str, Any]:
         if self.is_chat:
-            return {"index": 0, "delta": {"content": TOKEN_TEXT}, "finish_reason": finish_reason}
-        return {"index": 0, "text": TOKEN_TEXT, "logprobs": None, "finish_reason": finish_reason}
+            return {"index": 0, "delta": {"content": text}, "finish_reason": finish_reason}
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+    def token_events(self, texts: Sequence[str]) -> bytes:
+        """One event a token."""
+        if texts and texts[0] is TOKEN_TEXT:
+            return self.token_event * len(texts)
+        return b"".join(self.event(self.choice(None, text)) for text in texts)
 
     def event(self, *choices: dict[str, Any], **more: Any) -> bytes:
         content = msgspec.json.encode({**self.head, "choices": choices, **more})
@@ -132,9 +143,9 @@ class Answer:
         delta = {"role": "assistant", "content": ""}
         return self.event({"index": 0, "delta": delta, "finish_reason": None})
 
-    def last_events(self, request: Request) -> bytes:
+    def last_events(self, request: Request, text: str) -> bytes:
         """What comes after the last token but one."""
-        events = self.event(self.choice("length"))
+        events = self.event(self.choice("length", text))
         if self.options.include_usage:
             more: dict[str, Any] = {"usage": usage(request)}
             if self.options.include_timeline:
@@ -142,9 +153,8 @@ class Answer:
             events += self.event(**more)
         return events + b"data: [DONE]\n\n"
 
-    def whole(self, request: Request) -> bytes:
+    def whole(self, request: Request, text: str) -> bytes:
         """The answer in one piece."""
-        text = TOKEN_TEXT * request.produced_tokens
         choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": text}

@@ -10,7 +10,9 @@ from reference_cluster.colocated import ColocatedInstance
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import CostModel, Profile
 from reference_cluster.decode import DecodeInstance
+from reference_cluster.engines.base import Engine
 from reference_cluster.engines.modelled import ModelledEngine
+from reference_cluster.errors import ConfigError
 from reference_cluster.kvpool.pool import BlockPool, OnChange
 from reference_cluster.kvpool.ssd import SsdTier
 from reference_cluster.messenger import Delivery
@@ -24,7 +26,11 @@ class Parts:
     """The parts of one configured cluster, made one by one."""
 
     def __init__(
-        self, config: ClusterConfig, profile: Profile, steps_max: int | None = None
+        self,
+        config: ClusterConfig,
+        profile: Profile,
+        steps_max: int | None = None,
+        is_worker: bool = False,
     ) -> None:
         if config.pool.kv_bytes_per_token:
             per_token = config.pool.kv_bytes_per_token
@@ -32,6 +38,7 @@ class Parts:
         self.config = config
         self.profile = profile
         self.steps_max = steps_max
+        self.is_worker = is_worker  # Only a worker computes for real.
         if config.system == "colocated":
             caching = config.colocated.prefix_caching
             self.cost = CostModel(profile, is_reuse_on_device=True, is_prefix_caching=caching)
@@ -39,8 +46,28 @@ class Parts:
             stages, chunk_tokens = config.prefill.nodes_per_group, config.prefill.chunk_tokens
             self.cost = CostModel(profile, stages=stages, chunk_tokens=chunk_tokens)
 
-    def engine(self) -> ModelledEngine:
+    def engine(self) -> Engine:
+        if self.is_worker and self.config.engine.kind == "torch":
+            return self.torch_engine()
         return ModelledEngine(self.cost, self.steps_max)
+
+    def torch_engine(self) -> Engine:
+        """Imported only here: it is an extra, and takes seconds."""
+        try:
+            from reference_cluster.engines.torch.engine import TorchEngine, replica_of
+        except ImportError as error:
+            raise ConfigError(
+                f"engine.kind \"torch\" needs {error.name}; pip install 'mooncake-bench[torch]'"
+            ) from None
+        engine = TorchEngine(replica_of(self.config.engine), self.config.block_tokens)
+        layers, block_bytes = engine.runner.model.config.layers, engine.block_bytes
+        if (layers, block_bytes) != (self.profile.layers, self.profile.layers * self.layer_bytes):
+            raise ConfigError(
+                f"profile {self.profile.name} has {self.profile.layers} layers and "
+                f"{self.profile.kv_bytes_per_token} KV bytes a token, the model {layers} and "
+                f"{block_bytes // self.config.block_tokens}; use the model's own profile"
+            )
+        return engine
 
     @property
     def layer_bytes(self) -> int:

@@ -92,6 +92,8 @@ class Recovery:
             Timeline(client.timeline.arrived_s),
             client.sink,
             client=client,
+            prompt=[*client.prompt, *client.output] if client.prompt else (),
+            output=client.output,
         )
 
     def place(self, attempt: Request) -> None:

@@ -33,6 +33,7 @@ from reference_cluster.messages import (
     work_of,
 )
 from reference_cluster.parts import Parts
+from reference_cluster.policies.batching import DecodeBatch
 from reference_cluster.policies.scheduling import Placement
 from reference_cluster.prefill import PrefillLoad, only_token
 from reference_cluster.request import OnEnd, Request
@@ -136,6 +137,7 @@ class RemotePrefill(PrefillLoad):
         self.forget_promises(request.blocks)
         stamp(request, message.stamps)
         if request.output_tokens == 1:
+            request.output += message.stamps.output
             only_token(request)
             self.on_end(request)
 
@@ -153,9 +155,18 @@ def span_of(message: Spanned) -> Span:
     )
 
 
+def spanned(batch: DecodeBatch, message: Spanned) -> list[Request]:
+    """The worker's batch has made steps: so does its mirror."""
+    for id, token in message.tokens:
+        if id in batch.members:
+            batch.members[id].request.output.append(token)
+    return batch.apply(span_of(message))
+
+
 def first_token(request: Request, message: FirstToken) -> None:
     stamp(request, message.stamps)
     request.produced_tokens = 1
+    request.output += message.stamps.output
     if request.sink is not None:
         request.sink.tokens(1)
 
@@ -203,7 +214,7 @@ class RemoteDecode(DecodeLoad):
                 self.batch.join(request, message.start_s)
                 self.forget(request)
             case Spanned():
-                finish_all(self.batch.apply(span_of(message)), message.end_s, self.on_end)
+                finish_all(spanned(self.batch, message), message.end_s, self.on_end)
             case Left() if message.id in self.batch.members:
                 self.batch.remove(self.batch.members[message.id].request)
             case Ended() if message.id in self.expected:
@@ -266,7 +277,7 @@ class RemoteColocated(ColocatedLoad):
                     self.batch.join(request, message.start_s)
             case Spanned():
                 self.held_blocks = message.running_blocks
-                finish_all(self.batch.apply(span_of(message)), message.end_s, self.on_end)
+                finish_all(spanned(self.batch, message), message.end_s, self.on_end)
             case Left() if message.id in self.batch.members:
                 self.batch.remove(self.batch.members[message.id].request)
             case BlockEvent():

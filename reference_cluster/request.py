@@ -54,6 +54,9 @@ class Request:
     reused_tokens: int = 0
     fetched_tokens: int = 0
     produced_tokens: int = 0
+    # Token ids, where an engine computes with them: the prompt's, and those of the answer so far.
+    prompt: Sequence[int] = ()
+    output: list[int] = field(default_factory=list)
     prefilled_tokens: int = 0  # Reused and computed so far.
     prefill_busy_s: float = 0.0
     predicted_ttft_s: float | None = None

@@ -71,7 +71,7 @@ class Worker:
         self.id = int(name.rsplit("-", 1)[1])
         self.config = config
         # One step at a time: a live client gets each token when it exists.
-        self.parts = Parts(config, profile, steps_max=1)
+        self.parts = Parts(config, profile, steps_max=1, is_worker=True)
         self.loop = asyncio.get_running_loop()
         self.identity = f"{name}.{os.getpid()}".encode()
         self.address = f"ipc://{directory}/{self.identity.decode()}"
@@ -109,6 +109,7 @@ class Worker:
             self.memory = await WorkerMemory.open(self.parts, pool_blocks, self.cluster)
 
     async def close(self) -> None:
+        self.instance.engine.close()
         if self.memory is not None:
             await self.memory.close()
         self.peers.close()
@@ -189,7 +190,11 @@ class Worker:
         request.is_cancelled = True
         request.status = "failed"
         self.instance.cancel(request)
+        self.give_up(request)
         self.requests.pop(request.id, None)
+
+    def give_up(self, request: Request) -> None:
+        """Where its KV is not given back by the instance at its next boundary."""
 
     def gone(self, peer: Peer) -> None:
         """A peer is no member any more."""
@@ -242,8 +247,17 @@ class BatchReporter:
 
     def spanned(self, span: Span) -> None:
         blocks = getattr(self.worker.instance, "running_blocks", 0)
+        members = self.worker.instance.batch.members.items()
         self.worker.tell(
-            Spanned(span.start_s, span.steps, span.first_gap_s, span.growth_s, span.end_s, blocks)
+            Spanned(
+                span.start_s,
+                span.steps,
+                span.first_gap_s,
+                span.growth_s,
+                span.end_s,
+                blocks,
+                [(id, one.request.output[-1]) for id, one in members if one.request.output],
+            )
         )
 
     def left(self, request: Request) -> None:
@@ -313,6 +327,7 @@ class PrefillWorker(Worker):
     def prefilled(self, request: Request, delivery: Any) -> None:
         self.tell(Prefilled(request.id, stamps_of(request)))
         self.carrier.end(request)
+        self.instance.engine.forget(request)
         if delivery is None or request.is_cancelled:
             self.requests.pop(request.id, None)
         if delivery is not None and request.is_cancelled:
@@ -347,7 +362,12 @@ class DecodeWorker(Worker):
         await self.open_memory(0)
         self.end = DecodeEnd(self, group, self.memory, self.arrived)
         self.instance = self.parts.decode(self.id, self.ended)
+        if self.memory is not None:
+            self.instance.engine.attach(self.memory.segment.buffer)
         self.instance.batch.observer = BatchReporter(self)
+
+    def give_up(self, request: Request) -> None:
+        self.instance.engine.forget(request)
 
     def arrived(self, request: Request) -> None:
         """All its KV is here."""
@@ -359,6 +379,7 @@ class DecodeWorker(Worker):
         """By its last token, as the mirror knows by itself, or refused."""
         del self.requests[request.id]
         if request.status == "rejected":
+            self.instance.engine.forget(request)
             self.tell(Ended(request.id, "rejected", request.reason or "unknown"))
 
     def cancel(self, request: Request) -> None:

@@ -127,7 +127,8 @@ CLUSTER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("inside", "remote", "workers", "carriers", "moves"),
     ("recovery",),
     ("cluster", "launch"),
-    ("simulate", "api", "openai_protocol", "live_metrics", "worker"),
+    ("openai_protocol",),
+    ("simulate", "api", "speech", "live_metrics", "worker"),
     ("serve",),
 )
 # The drivers and their helpers do not know the other driver.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from reference_cluster.policies.batching import Chunk, DecodeBatch
+from reference_cluster.request import Request
 from reference_cluster.spans import Span
+
+OnLayer = Callable[[Chunk, int], None]  # This chunk's KV of this layer is computed.
 
 
 class Engine(Protocol):
@@ -34,3 +37,18 @@ class Engine(Protocol):
 
     async def mixed(self, start_s: float, batch: DecodeBatch, chunks: Sequence[Chunk]) -> Span:
         """Run one step that decodes the batch and computes the chunks."""
+
+    def attach(self, buffer: memoryview) -> None:
+        """The worker's registered memory, in slots of one block."""
+
+    def begin(self, request: Request, slots: Sequence[int]) -> None:
+        """A prefill begins whose blocks have bytes: they lie, or will lie, in these slots."""
+
+    async def take_in(self, request: Request, slots: Sequence[int]) -> None:
+        """A request to decode has its KV in these slots; returns when they are not needed."""
+
+    def forget(self, request: Request) -> None:
+        """Nothing more will be computed of it, here."""
+
+    def close(self) -> None:
+        """Nothing more will be computed."""

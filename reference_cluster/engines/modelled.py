@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from reference_cluster.cost_model import CostModel
+from reference_cluster.engines.base import OnLayer
 from reference_cluster.policies.batching import Chunk, DecodeBatch
+from reference_cluster.request import Request
 from reference_cluster.spans import Span
-
-OnLayer = Callable[[Chunk, int], None]  # This chunk's KV of this layer is computed.
 
 
 class ModelledEngine:
@@ -89,6 +89,21 @@ class ModelledEngine:
         end_s = start_s + step_s
         await self.sleep_until(end_s)
         return Span(start_s, 1, step_s, 0.0, end_s)
+
+    def attach(self, buffer: memoryview) -> None:
+        """Bytes are a pattern, which the carrier writes."""
+
+    def begin(self, request: Request, slots: Sequence[int]) -> None:
+        """Nothing is read from slots: time alone is modelled."""
+
+    async def take_in(self, request: Request, slots: Sequence[int]) -> None:
+        """Device memory is counted by the instance; there are no pages to fill."""
+
+    def forget(self, request: Request) -> None:
+        """Nothing was remembered."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     async def sleep_until(self, end_s: float) -> None:
         """Sleep to a point of the loop's clock, at least for one turn of the loop."""

@@ -79,7 +79,7 @@ def nothing(layer: int) -> None:
     """What happens around a layer by default."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Moves:
     """Which blocks a prompt reads and writes; the hooks around each layer of its chunks.
 

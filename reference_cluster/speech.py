@@ -1,0 +1,103 @@
+"""Which tokens is a prompt, and what do the tokens of an answer say?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+from reference_cluster.config import EngineConfig
+from reference_cluster.engines.torch.architecture import PRESETS, read_config
+from reference_cluster.engines.torch.tokenizer import (
+    SPECIAL_TOKENS,
+    FileTokenizer,
+    Tokenizer,
+    open_tokenizer,
+)
+from reference_cluster.openai_protocol import TOKEN_TEXT, BadRequestError, Body, prompt_text
+from reference_cluster.openai_protocol import prompt_tokens as words_of
+
+
+class Speech(Protocol):
+    """Between text and the tokens that an engine computes with."""
+
+    context_tokens_max: int | None
+
+    def tokens(self, body: Body) -> Sequence[int]:
+        """The prompt's; raises BadRequestError."""
+
+    def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
+        """What the engine is given of them."""
+
+    def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
+        """What `count` tokens from the `start`-th on say, one by one."""
+
+
+class Unspoken:
+    """A modelled engine computes no tokens: it says the same word, whatever it was asked."""
+
+    context_tokens_max: int | None = None
+
+    def tokens(self, body: Body) -> Sequence[int]:
+        return words_of(body)
+
+    def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
+        return ()
+
+    def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
+        return [TOKEN_TEXT] * count
+
+
+class Numbers:
+    """Random weights know no language: any words, or ids, are folded into the vocabulary, and
+    token 17 of the answer says 17."""
+
+    def __init__(self, preset: str) -> None:
+        self.vocabulary = PRESETS[preset].vocabulary
+        self.context_tokens_max: int | None = PRESETS[preset].context_tokens_max
+
+    def tokens(self, body: Body) -> Sequence[int]:
+        plain = self.vocabulary - SPECIAL_TOKENS
+        return [SPECIAL_TOKENS + token % plain for token in words_of(body)]
+
+    def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
+        return tokens
+
+    def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
+        return [f" {token}" for token in output[start : start + count]]
+
+
+class Spoken:
+    """A real model with the tokenizer that lies beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        config = read_config(directory)
+        self.vocabulary = config.vocabulary
+        self.context_tokens_max: int | None = config.context_tokens_max
+        self.tokenizer: Tokenizer = open_tokenizer(directory)
+        assert isinstance(self.tokenizer, FileTokenizer)
+
+    def tokens(self, body: Body) -> Sequence[int]:
+        if not isinstance(body.prompt, list):
+            return self.tokenizer.encode(prompt_text(body))
+        if min(body.prompt) < 0 or max(body.prompt) >= self.vocabulary:
+            raise BadRequestError(f"`prompt` has a token id outside 0..{self.vocabulary - 1}")
+        return body.prompt
+
+    def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
+        return tokens
+
+    def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
+        """A token that is half a character says nothing until the other half has come."""
+        ends = range(start, start + count + 1)
+        said = [self.tokenizer.decode(output[:end]).removesuffix("\ufffd") for end in ends]
+        return [after[len(before) :] for before, after in pairwise(said)]
+
+
+def make_speech(config: EngineConfig) -> Speech:
+    if config.kind == "modelled":
+        return Unspoken()
+    if config.model in PRESETS:
+        return Numbers(config.model)
+    return Spoken(Path(config.model))
