@@ -109,7 +109,8 @@ class Worker:
             self.memory = await WorkerMemory.open(self.parts, pool_blocks, self.cluster)
 
     async def close(self) -> None:
-        self.instance.engine.close()
+        if hasattr(self, "instance"):  # Not where there was no memory for it.
+            self.instance.engine.close()
         if self.memory is not None:
             await self.memory.close()
         self.peers.close()
