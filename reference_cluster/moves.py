@@ -207,7 +207,9 @@ class PrefillEnd:
                 peers.tell(decode, Abandoned(request.id))
             self.carrier.released(request)
             del self.streams[request.id]
-            self.worker.requests.pop(request.id, None)
+            # Where it broke before the prefill's end, the Conductor may still stop that.
+            if stream.is_prefilled.is_set() or request.is_cancelled:
+                self.worker.requests.pop(request.id, None)
 
     def cancel(self, request: Request) -> None:
         """A prefill under way goes on to the end of its chunk and cancels its stream then."""

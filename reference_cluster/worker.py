@@ -329,7 +329,7 @@ class PrefillWorker(Worker):
         self.tell(Prefilled(request.id, stamps_of(request)))
         self.carrier.end(request)
         self.instance.engine.forget(request)
-        if delivery is None or request.is_cancelled:
+        if request.id not in self.end.streams or request.is_cancelled:
             self.requests.pop(request.id, None)
         if delivery is not None and request.is_cancelled:
             delivery.cancel()
