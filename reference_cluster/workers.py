@@ -248,6 +248,8 @@ class Workers:
             descriptor = self.exits.pop(name)
             self.loop.remove_reader(descriptor)
             os.close(descriptor)
+        identity = self.membership.members[name].identity.decode()
+        (self.directory / identity).unlink(missing_ok=True)  # It will not be taken for a stranger.
         self.membership.leave(name, reason)
         self.tell_members()
         self.cluster.lose(name)
