@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,13 @@ def test_a_prefix_is_fetched_from_the_peer_that_holds_it() -> None:
     config = a_config(**BYTES, network={"transport": "shm", "verify": "always"})
     profile = a_profile(prefill={"base_s": 0.01, "token_s": 2e-3}, link_bytes_per_s=1e9)
     shared = [*range(200)]
-    with live(config, profile) as (client, _):
+    with live(config, profile) as (client, front), ThreadPoolExecutor(1) as pool:
         client.post("/v1/completions", json=completion(prompt=[*shared, 1]))
-        prompts = [[7] * 900, [*shared, 2, 2]]
-        assert ask_many(str(client.base_url), prompts) == [200, 200]
+        busy = pool.submit(client.post, "/v1/completions", json=completion(prompt=[7] * 900))
+        wait_until(lambda: front.cluster.prefill[0].running is not None)
+        body = completion(prompt=[*shared, 2, 2])
+        assert client.post("/v1/completions", json=body).status_code == 200
+        assert busy.result(20.0).status_code == 200
         wait_until(lambda: total(client, "fetched_bytes") == 20 * 40960)
         assert total(client, "mismatched_blocks") == 0
 
