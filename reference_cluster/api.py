@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -20,6 +21,8 @@ from reference_cluster.blocks import prefix_hashes
 from reference_cluster.cluster import Cluster
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
+from reference_cluster.kvpool.published import Announcer, Publisher
+from reference_cluster.kvpool.query import HashQuery, Indexed, QueryError, TokenQuery
 from reference_cluster.live_metrics import LiveMetrics
 from reference_cluster.openai_protocol import (
     Answer,
@@ -90,6 +93,8 @@ class Front:
         self.ids = itertools.count()
         self.cluster: Cluster
         self.metrics: LiveMetrics
+        self.indexed: Indexed
+        self.publisher: Publisher | None = None
 
     def app(self) -> Starlette:
         routes = [
@@ -101,6 +106,8 @@ class Front:
             Route("/cluster/info", self.guarded(self.info)),
             Route("/cluster/samples", self.guarded(self.samples)),
             Route("/cluster/integrity", self.guarded(self.integrity)),
+            Route("/query", self.guarded(self.query), methods=["POST"]),
+            Route("/query_by_hash", self.guarded(self.query_by_hash), methods=["POST"]),
         ]
         return Starlette(routes=routes, lifespan=self.lifespan)
 
@@ -112,16 +119,40 @@ class Front:
             self.config, self.profile, self.ended, steps_max=1, directory=self.directory
         )
         self.metrics = LiveMetrics(self.cluster, self.profile.name)
+        self.open_index()
         self.started_s = self.cluster.loop.time()
         self.serving = asyncio.create_task(self.cluster.run(), name="cluster")
         self.serving.add_done_callback(self.stopped)
+        tasks = [self.serving]
+        if self.publisher is not None:
+            tasks.append(asyncio.create_task(self.publisher.run(), name="publisher"))
         try:
             await self.cluster.house.ready()
             self.on_ready()
             yield
         finally:
-            self.serving.cancel()
-            await asyncio.gather(self.serving, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self.publisher is not None:
+                self.publisher.close()
+
+    def open_index(self) -> None:
+        """Let others ask what the instances hold, and follow it where that is configured."""
+        index, conductor = self.cluster.index, self.config.conductor
+        # Blocks on SSD count as the DRAM's above it: the Conductor knows of both as one.
+        medium = "GPU" if self.cluster.colocated else "CPU"
+        names = [one.name for one in self.cluster.colocated or self.cluster.prefill]
+        model, tokens = self.profile.name, self.config.block_tokens
+        self.indexed = Indexed(model, tokens, names, index, {medium: index})
+        if conductor.publish_events is not None:
+            self.publisher = Publisher(
+                index,
+                Announcer(names, medium.lower(), model, tokens),
+                conductor.publish_events,
+                conductor.replay_events,
+                time.time,
+            )
 
     def stopped(self, task: asyncio.Task[None]) -> None:
         """A crash of the cluster is told to the log and to everybody who waits for an answer."""
@@ -176,6 +207,8 @@ class Front:
             sink=listener,
             prompt=self.speech.prompt(tokens),
         )
+        if self.publisher is not None:
+            self.publisher.learn(request.blocks)
         rejected = self.cluster.submit(request)
         if rejected is not None:
             return self.rejection(rejected)
@@ -309,6 +342,23 @@ class Front:
         """Do all books balance? For every instance a line of what is wrong, empty if nothing is."""
         problems = await self.cluster.house.check()
         return as_json({"problems": problems, "in_flight": len(self.cluster.in_flight)})
+
+    async def query(self, http: HttpRequest) -> Response:
+        return await self.ask_index(http, TokenQuery)
+
+    async def query_by_hash(self, http: HttpRequest) -> Response:
+        return await self.ask_index(http, HashQuery)
+
+    async def ask_index(
+        self, http: HttpRequest, kind: type[TokenQuery] | type[HashQuery]
+    ) -> Response:
+        """Which instance holds how much of a prompt, in the open Conductor's form."""
+        try:
+            return as_json(self.indexed.answer(await read_body(http), kind))
+        except TooLargeError as mistake:
+            return error(str(mistake), "invalid_request_error", 413)
+        except (BadRequestError, QueryError) as mistake:
+            return error(str(mistake), "invalid_request_error", 400)
 
 
 async def client_left(http: HttpRequest, listener: Listener) -> None:

@@ -9,15 +9,18 @@ from hashlib import blake2b
 from reference_cluster.request import Block
 
 
-def prefix_hashes(token_ids: Sequence[int], block_tokens: int) -> tuple[int, ...]:
+def prefix_hashes(
+    token_ids: Sequence[int], block_tokens: int, parent: int | None = None
+) -> tuple[int, ...]:
     """64-bit keys, one a block of `block_tokens`, the last possibly partial.
 
     Each key hashes its own tokens *and* the previous key (Mooncake, Algorithm 1, PrefixHash). A
-    partial last block has a key of its own length, as in the Mooncake traces.
+    partial last block has a key of its own length, as in the Mooncake traces. `parent` is the key
+    of the block that the tokens follow; None: they begin a prompt.
     """
     data = memoryview(array("I", token_ids)).cast("B")
     stride = 4 * block_tokens
-    key = b""
+    key = b"" if parent is None else parent.to_bytes(8, "little")
     keys = []
     for start in range(0, len(data), stride):
         key = blake2b(data[start : start + stride], key=key, digest_size=8).digest()

@@ -40,6 +40,19 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decode_s: float | None = None
     # How often an instance tells its load; 0: the Conductor knows it at every moment.
     report_every_s: float = 0.0
+    # Where `serve` tells strangers of stored and removed blocks, and repeats what they missed.
+    publish_events: str | None = None
+    replay_events: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("publish_events", "replay_events"):
+            address = getattr(self, name)
+            host, _, port = (address or "tcp://127.0.0.1:*").rpartition(":")
+            is_port = port == "*" or (re.fullmatch(r"\d{1,5}", port) and int(port) < 1 << 16)
+            if host != "tcp://127.0.0.1" or not is_port:
+                raise ValueError(f"{name} is {address!r}; give tcp://127.0.0.1:PORT")
+        if self.replay_events and not self.publish_events:
+            raise ValueError("replay_events repeats what publish_events has sent; give that too")
 
 
 class PrefillConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

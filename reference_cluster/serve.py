@@ -41,6 +41,11 @@ def serve(
     """
     if not is_loopback(host) and not token:
         raise ServeError(f"host {host} is open to others; give --token, or use 127.0.0.1")
+    for address in (config.conductor.publish_events, config.conductor.replay_events):
+        if address is not None and not address.endswith("*"):
+            # Said here, in a line, rather than by a process that does not start.
+            event_port = int(address.rpartition(":")[2])
+            listen("127.0.0.1", event_port, "another [conductor] address").close()
     with listen(host, port) as listening:
         url = f"http://{host}:{listening.getsockname()[1]}"
         if config.workers.placement == "processes":
@@ -74,8 +79,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; raises ServeError."""
+def listen(host: str, port: int, instead: str = "another --port") -> socket.socket:
+    """A bound socket; raises ServeError, which tells what to give instead."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -86,7 +91,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(1024)
     except OSError as error:
         listening.close()
-        remedy = "stop what listens there or give another --port"
+        remedy = f"stop what listens there or give {instead}"
         raise ServeError(f"{host}:{port}: {error.strerror}; {remedy}") from None
     return listening
 

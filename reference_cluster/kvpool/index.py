@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 from reference_cluster.policies.view import Instances, ids
 from reference_cluster.request import Block
 
 Prefixes = list[tuple[int, Instances]]  # Who has exactly so many leading blocks, fewest first.
+Change: TypeAlias = Literal["stored", "removed", "cleared"]
+
+
+def nobody(change: Change, instance: int, blocks: Sequence[Block]) -> None:
+    """Nobody follows this index."""
 
 
 class PrefixIndex:
@@ -22,12 +28,15 @@ class PrefixIndex:
         self.bits = [1 << id for id in range(instances)]
         self.holders: dict[Block, Instances] = {}
         self.promises: dict[Block, Instances] = {}
+        self.on_change: Callable[[Change, int, Sequence[Block]], None] = nobody
 
     def stored(self, instance: int, blocks: Sequence[Block]) -> None:
         self.add(self.holders, instance, blocks)
+        self.on_change("stored", instance, blocks)
 
     def evicted(self, instance: int, blocks: Sequence[Block]) -> None:
         self.remove(self.holders, instance, blocks)
+        self.on_change("removed", instance, blocks)
 
     def promised(self, instance: int, blocks: Sequence[Block]) -> None:
         """What waits at the instance will have stored these."""
@@ -79,7 +88,15 @@ class PrefixIndex:
 
     def cleared(self, instance: int) -> None:
         """The instance holds nothing any more: it was lost, or sends its contents anew."""
-        self.evicted(instance, [key for key, bits in self.holders.items() if bits >> instance & 1])
+        self.remove(self.holders, instance, self.held_by(instance))
+        self.on_change("cleared", instance, ())
+
+    def holds(self, instance: int, block: Block) -> bool:
+        return bool(self.holders.get(block, 0) >> instance & 1)
+
+    def held_by(self, instance: int) -> list[Block]:
+        """All that an instance holds; looks at every block there is."""
+        return [key for key, bits in self.holders.items() if bits >> instance & 1]
 
     def match(self, blocks: Sequence[Block]) -> list[int]:
         """For each instance, how many leading blocks of the chain it holds."""
