@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from reference_cluster.blocks import prefix_hashes
+from reference_cluster.blocks import prefix_hashes, salt_key
 from reference_cluster.cluster import Cluster
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
@@ -202,7 +202,7 @@ class Front:
             next(self.ids),
             len(tokens),
             asked_tokens(body),
-            prefix_hashes(tokens, self.config.block_tokens),
+            prefix_hashes(tokens, self.config.block_tokens, salt_key(body.cache_salt)),
             Timeline(received_s),
             sink=listener,
             prompt=self.speech.prompt(tokens),

@@ -16,7 +16,7 @@ def prefix_hashes(
 
     Each key hashes its own tokens *and* the previous key (Mooncake, Algorithm 1, PrefixHash). A
     partial last block has a key of its own length, as in the Mooncake traces. `parent` is the key
-    of the block that the tokens follow; None: they begin a prompt.
+    of the block that the tokens follow, or a `salt_key`; None: they begin a prompt.
     """
     data = memoryview(array("I", token_ids)).cast("B")
     stride = 4 * block_tokens
@@ -26,6 +26,13 @@ def prefix_hashes(
         key = blake2b(data[start : start + stride], key=key, digest_size=8).digest()
         keys.append(int.from_bytes(key, "little"))
     return tuple(keys)
+
+
+def salt_key(cache_salt: str | None) -> int | None:
+    """The key before the first block of prompts that share nothing with those of other salts."""
+    if not cache_salt:
+        return None
+    return int.from_bytes(blake2b(cache_salt.encode(), digest_size=8).digest(), "little")
 
 
 def blocks_of_resumed(

@@ -51,6 +51,7 @@ class Body(msgspec.Struct):
     stream_options: StreamOptions | None = None
     n: int = 1
     ignore_eos: bool = True
+    cache_salt: str | None = None  # vLLM's: only prompts with the same salt share their blocks.
 
 
 DECODER = msgspec.json.Decoder(Body)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from reference_cluster.blocks import prefix_hashes
+from reference_cluster.blocks import prefix_hashes, salt_key
 from reference_cluster.errors import ClusterError
 from reference_cluster.kvpool.events import MEDIA
 from reference_cluster.kvpool.index import PrefixIndex
@@ -42,7 +42,8 @@ class TokenQuery(Query, kw_only=True):
     @property
     def blocks(self) -> tuple[int, ...]:
         full = len(self.token_ids) // self.block_size * self.block_size
-        return prefix_hashes(self.token_ids[:full], self.block_size)
+        salt = salt_key(self.cache_salt)
+        return prefix_hashes(self.token_ids[:full], self.block_size, salt)
 
 
 class HashQuery(Query, kw_only=True):
@@ -66,7 +67,8 @@ class Indexed(msgspec.Struct, frozen=True):
     def answer(self, body: bytes, kind: type[TokenQuery] | type[HashQuery]) -> Answer:
         """Matched tokens of every instance, or of the one asked for; raises QueryError.
 
-        Another tenant or model has no instances here, an adapter or a salt no blocks.
+        Another tenant or model has no instances here, an adapter no blocks. Hashes given are
+        taken to be salted already.
         """
         try:
             query = msgspec.json.decode(body, type=kind)
@@ -76,7 +78,7 @@ class Indexed(msgspec.Struct, frozen=True):
             raise QueryError(f"`block_size` must be {self.block_tokens} here")
         if query.tenant_id != "default" or query.model != self.model:
             return {query.tenant_id: {}}
-        blocks = () if query.lora_name or query.cache_salt else query.blocks
+        blocks = () if query.lora_name else query.blocks
         found = self.matches(blocks)
         if query.instance_id is not None:
             found = {name: found[name] for name in found if name == query.instance_id}

@@ -416,10 +416,30 @@ def test_a_bad_question_is_answered_with_its_remedy(fields: dict[str, Any], said
 
 
 @pytest.mark.live
+def test_salted_prompts_share_blocks_among_themselves_only() -> None:
+    """The same prompt: nothing is reused under a new salt, and all full blocks under the same."""
+    body = {"prompt": [*range(1000, 1035)], "max_tokens": 2}
+    question = {"model": "small", "block_size": 10, "token_ids": body["prompt"]}
+    with live(a_config()) as (client, _):
+        reused = []
+        for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "a"}):
+            answer = client.post("/v1/completions", json={**body, **salt}).json()
+            reused.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        assert reused == [0, 0, 34]  # Of the same prompt all but the last token is known.
+        for salt, tokens in (("a", 30), ("b", 0)):
+            found = client.post("/query", json={**question, "cache_salt": salt}).json()
+            assert found["default"]["prefill-0"]["longest_matched"] == tokens
+
+
+@pytest.mark.live
 @pytest.mark.timeout(60)
-def test_a_live_cluster_is_followed_and_asked() -> None:
+@pytest.mark.parametrize("placement", ["inside", "processes"])
+def test_a_live_cluster_is_followed_and_asked(placement: str) -> None:
     """1P+1D: a stranger's index becomes the Conductor's own, and both answer alike."""
-    config = a_config(conductor={"publish_events": ANYWHERE, "replay_events": ANYWHERE})
+    config = a_config(
+        conductor={"publish_events": ANYWHERE, "replay_events": ANYWHERE},
+        workers={"placement": placement},
+    )
     prompt = [*range(1000, 1035)]
     with live(config) as (client, front):
         assert front.publisher is not None
