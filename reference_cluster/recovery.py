@@ -145,8 +145,10 @@ class Recovery:
             return attempt
         self.housed(attempt)
         del self.attempts[client.id]
+        # A stream that a decode instance refuses to go on with is broken: nobody can refuse it now.
+        is_broken = is_stream(attempt) and attempt.status == "rejected"
         take_over(client, attempt)
-        client.status, client.reason = attempt.status, attempt.reason
+        client.status, client.reason = "failed" if is_broken else attempt.status, attempt.reason
         client.timeline.finished_s = attempt.timeline.finished_s
         return client
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -52,12 +53,8 @@ class Case:
     look_times: list[float]
 
 
-def sections(draw: Any) -> dict[str, Any]:
-    """A random configuration's sections."""
-
-    def pick(*options: Any) -> Any:
-        return draw(st.sampled_from(options))
-
+def sections(pick: Callable[..., Any]) -> dict[str, Any]:
+    """A configuration's sections; `pick` chooses one of its arguments."""
     batch_max = pick(1, 3, 16)
     return {
         "conductor": {
@@ -100,7 +97,7 @@ def cases(draw: Any, is_cancelling: bool = True) -> Case:
         "seed": draw(st.integers(0, 9)),
         "sample_every_s": 1e3,
     }
-    parts = sections(draw)
+    parts = sections(lambda *options: draw(st.sampled_from(options)))
     width = parts["prefill"]["nodes_per_group"] = draw(st.sampled_from((1, 1, 3)))
     fields["prefill_instances"] *= width
     config = a_config(**fields, **parts)

@@ -113,6 +113,19 @@ def test_without_resuming_a_broken_stream_fails() -> None:
     assert waiting.status == "finished"
 
 
+def test_a_stream_that_is_refused_where_it_goes_on_has_failed() -> None:
+    """The other instance finds itself too busy for it. The client has tokens: that is no 429."""
+    request = a_request(output_tokens=10)
+
+    def act(cluster: Cluster) -> None:
+        cluster.decode[1].tbt_slo_s = 0.01
+        cluster.lose("decode-0")
+
+    served(two_of_each(), [request], looks=[(0.55, act)])
+    assert (request.status, request.reason) == ("failed", "tbt-at-decode")
+    assert request.produced_tokens == 4
+
+
 def test_replacements_are_bounded() -> None:
     """Lost, and lost again: with one replacement allowed that is a failure."""
     request = a_request(output_tokens=2)
