@@ -144,6 +144,7 @@ def simulate(
     window: Annotated[str, typer.Option(help="part of the trace, START-END in seconds")] = "",
     sample: Annotated[float, typer.Option(help="share of the trace's sessions")] = 1.0,
     limit: Annotated[int, typer.Option(help="the first N requests only; 0: all")] = 0,
+    block_tokens: Annotated[int, typer.Option(min=1, help="tokens a block of the trace")] = 512,
     name: Annotated[str | None, typer.Option(help="name of the run in reports")] = None,
 ) -> None:
     """Run a trace through the cluster in virtual time: an hour in seconds."""
@@ -155,7 +156,8 @@ def simulate(
         profile, batching, prefix_caching, slo, seed,
     )  # fmt: skip  # one line a flag would be a page
     choice = {"trace": trace, "jitter": jitter, "window": window, "sample": sample, "limit": limit}
-    loaded = load_trace(options_from({**choice, "seed": resolved.seed}))
+    choice |= {"block_tokens": block_tokens, "seed": resolved.seed}
+    loaded = load_trace(options_from(choice))
     run = simulate_trace(loaded, resolved, costs, out, speed, name)
     show_summary([run])
 
@@ -193,7 +195,7 @@ def serve(
 
     def on_listening(url: str) -> None:
         diagnostics.print(
-            f"{resolved.title} at {url} (modelled engine, profile {costs.name}); Ctrl-C ends it",
+            f"{resolved.title} at {url} ({resolved.engine.kind} engine, profile {costs.name}); Ctrl-C ends it",
             highlight=False,
             soft_wrap=True,
         )

@@ -51,6 +51,7 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     window: Annotated[str, _flag("replay this part of the trace, START-END in seconds")] = ""
     sample: Annotated[float, _flag("share of the trace's sessions to replay", gt=0.0, le=1.0)] = 1.0
     limit: Annotated[int, _flag("replay the first N requests only; 0: all", ge=0)] = 0
+    block_tokens: Annotated[int, _flag("tokens a block of the trace's ids", ge=1)] = 512
     slo: Annotated[
         str,
         _flag('bounds that a request must meet; by class: "chat:ttft<2s,tbt<50ms;batch:ttft<60s"'),

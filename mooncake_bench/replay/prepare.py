@@ -14,7 +14,7 @@ def load_trace(options: ReplayOptions) -> Trace:
 
     The speed is not: it changes release times only (schedule.py). Raises TraceError.
     """
-    trace = open_trace(options.trace, seed=options.seed)
+    trace = open_trace(options.trace, seed=options.seed, block_tokens=options.block_tokens)
     if bounds := parse_window(options.window):
         trace = window(trace, *bounds)
     if options.sample < 1.0:
