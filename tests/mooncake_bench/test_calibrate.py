@@ -1,0 +1,82 @@
+"""Does a calibration find the costs of what it probes?"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from mooncake_bench.calibrate import (
+    DecodePoint,
+    PrefillPoint,
+    ProbePlan,
+    as_toml,
+    fit_decode,
+    fit_prefill,
+    fitted_profile,
+    probe,
+)
+from reference_cluster.config import ClusterConfig
+from reference_cluster.cost_model import CostModel, Profile, load_profile
+from tests.reference_cluster.live import live
+from tests.reference_cluster.small import a_config, a_profile
+
+
+def test_exact_times_give_their_coefficients_back() -> None:
+    """Points made by the cost model itself: 2 ms + 10 us a token + 1 ns a pair + 1 us reused."""
+    points = [
+        PrefillPoint(n, p, 2e-3 + 1e-5 * (n - p) + 1e-9 * (n * n - p * p) + 1e-6 * p)
+        for n, p in [(64, 0), (512, 0), (2048, 0), (4096, 0), (4096, 2048), (4096, 3000)]
+    ]
+    fitted = fit_prefill(points)
+    assert fitted.base_s == pytest.approx(2e-3)
+    assert fitted.token_s == pytest.approx(1e-5)
+    assert fitted.token2_s == pytest.approx(1e-9)
+    assert fitted.reused_token_s == pytest.approx(1e-6)
+    steps = [DecodePoint(b, c, 1e-3 + 1e-4 * b + 1e-7 * c) for b in (1, 4, 8) for c in (90, 9000)]
+    decode = fit_decode(steps)
+    assert decode.base_s == pytest.approx(1e-3)
+    assert decode.sequence_s == pytest.approx(1e-4)
+    assert decode.context_token_s == pytest.approx(1e-7)
+
+
+def test_no_coefficient_is_negative() -> None:
+    """Times that fall with the square of the length get a square term of zero."""
+    points = [PrefillPoint(n, 0, 1e-5 * n - 1e-10 * n * n) for n in (100, 1000, 10_000)]
+    fitted = fit_prefill(points)
+    assert fitted.token2_s == 0.0
+    assert fitted.token_s > 0
+
+
+def test_a_profile_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
+    """Written and read again it is the same, its error and source among the rest."""
+    points = [PrefillPoint(n, 0, 1e-3 + 1e-5 * n) for n in (10, 100, 1000)]
+    steps = [DecodePoint(b, 100.0 * b, 1e-3 * b) for b in (1, 2, 3)]
+    profile = fitted_profile(a_profile(), "mine", "http://x", points, steps)
+    path = f"{tmp_path}/mine.toml"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(as_toml(profile))
+    assert load_profile(path) == profile
+    assert "prefill within 0 % of" in profile.error.replace("0%", "0 %")
+
+
+@pytest.mark.live
+def test_a_modelled_endpoint_is_found_to_cost_what_its_profile_says() -> None:
+    """Prefills of 20 to 100 ms and steps of 10 ms, within what a loop's wake-ups and HTTP add."""
+    base: Profile = a_profile(
+        prefill={"base_s": 0.02, "token_s": 1e-4}, decode={"base_s": 0.01, "sequence_s": 0.001}
+    )
+    config: ClusterConfig = msgspec.structs.replace(
+        a_config(prefill_instances=1, decode_instances=1), block_tokens=64
+    )
+    plan = ProbePlan(lengths=(64, 256, 768), hits=(), batches=(1, 3), contexts=(16,), repeats=1)
+    with live(config, base) as (client, _):
+        prefills, decodes = asyncio.run(probe(str(client.base_url), plan))
+    cost = CostModel(base)
+    for point in prefills:
+        expected_s = cost.prefill_s(point.input_tokens, 0)
+        assert expected_s * 0.9 < point.ttft_s < expected_s + 0.05
+    for step in decodes:
+        expected_s = cost.step_s(step.batch, round(step.context_tokens))
+        assert expected_s * 0.9 < step.step_s < expected_s * 2
