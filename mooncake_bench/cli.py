@@ -196,7 +196,8 @@ def serve(
 
     def on_listening(url: str) -> None:
         diagnostics.print(
-            f"{resolved.title} at {url} ({resolved.engine.kind} engine, profile {costs.name}); Ctrl-C ends it",
+            f"{resolved.title} at {url} ({resolved.engine.kind} engine, profile {costs.name}); "
+            "Ctrl-C ends it",
             highlight=False,
             soft_wrap=True,
         )

@@ -38,18 +38,20 @@ class Parts:
         self.config = config
         self.profile = profile
         self.steps_max = steps_max
-        self.is_worker = is_worker  # Only a worker computes for real.
         if config.system == "colocated":
             caching = config.colocated.prefix_caching
             self.cost = CostModel(profile, is_reuse_on_device=True, is_prefix_caching=caching)
         else:
             stages, chunk_tokens = config.prefill.nodes_per_group, config.prefill.chunk_tokens
             self.cost = CostModel(profile, stages=stages, chunk_tokens=chunk_tokens)
+        # Only a worker computes for real. It loads the model first of all, before anybody who
+        # reaches it could take it for one that hangs.
+        self.real_engine: Engine | None = None
+        if is_worker and config.engine.kind == "torch":
+            self.real_engine = self.torch_engine()
 
     def engine(self) -> Engine:
-        if self.is_worker and self.config.engine.kind == "torch":
-            return self.torch_engine()
-        return ModelledEngine(self.cost, self.steps_max)
+        return self.real_engine or ModelledEngine(self.cost, self.steps_max)
 
     def torch_engine(self) -> Engine:
         """Imported only here: it is an extra, and takes seconds."""
