@@ -206,6 +206,7 @@ class Front:
             Timeline(received_s),
             sink=listener,
             prompt=self.speech.prompt(tokens),
+            tenant=body.cache_salt or None,
         )
         if self.publisher is not None:
             self.publisher.learn(request.blocks)

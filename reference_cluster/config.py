@@ -111,6 +111,13 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     working_tokens: int = 65536
     ssd_directory: str | None = None  # Where the blocks of prefill.ssd_tokens lie, a worker each.
     direct_io: bool = False  # Past the page cache.
+    # Of a prefill instance's DRAM, what the prompts of one cache_salt may fill; None: all of it.
+    tenant_quota_share: float | None = None
+
+    def __post_init__(self) -> None:
+        share = self.tenant_quota_share
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"tenant_quota_share is {share}; it must be in (0, 1]")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,7 +15,7 @@ from reference_cluster.policies.scheduling import Placement
 from reference_cluster.request import Request, Sink, Timeline
 from reference_cluster.transports.bytes import Endpoint, Range
 
-VERSION = 2  # Of this file: whoever says hello with another one is turned away.
+VERSION = 3  # Of this file: whoever says hello with another one is turned away.
 
 
 class Message(msgspec.Struct, tag=True, array_like=True):
@@ -181,6 +181,7 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     prefill: str
     decode: str
     prompt: Sequence[int] = ()  # Where tokens are real, for whoever computes them.
+    tenant: str | None = None
 
 
 class Serve(Message):
@@ -338,6 +339,7 @@ def work_of(request: Request) -> Work:
         request.prefill,
         request.decode,
         request.prompt,
+        request.tenant,
     )
 
 
@@ -346,5 +348,5 @@ def request_of(work: Work, sink: Sink | None = None) -> Request:
     timeline = Timeline(work.arrived_s, work.placed_s)
     request = Request(work.id, work.input_tokens, work.output_tokens, work.blocks, timeline, sink)
     request.prefill, request.decode = work.prefill, work.decode
-    request.prompt = work.prompt
+    request.prompt, request.tenant = work.prompt, work.tenant
     return request

@@ -14,6 +14,7 @@ from reference_cluster.engines.base import Engine
 from reference_cluster.engines.modelled import ModelledEngine
 from reference_cluster.errors import ConfigError
 from reference_cluster.kvpool.pool import BlockPool, OnChange
+from reference_cluster.kvpool.quota import TenantQuota
 from reference_cluster.kvpool.ssd import SsdTier
 from reference_cluster.messenger import Delivery
 from reference_cluster.policies.admission import make_admission
@@ -109,17 +110,20 @@ class Parts:
     ) -> PrefillInstance:
         """`make_ssd` where blocks have bytes, and SSD is a file; else it is modelled."""
         pool = BlockPool(self.dram_blocks, stored, evicted, self.config.prefill.eviction)
+        ssd = (make_ssd or self.ssd)(pool)
+        share = self.config.pool.tenant_quota_share
         return PrefillInstance(
             id,
             self.cost,
             self.engine(),
             pool,
-            (make_ssd or self.ssd)(pool),
+            ssd,
             self.config.block_tokens,
             self.config.prefill.chunk_tokens,
             fetch,
             hand_over,
             on_prefilled,
+            None if share is None else TenantQuota(pool, share),
         )
 
     def ssd(self, pool: BlockPool) -> SsdTier | None:

@@ -14,6 +14,7 @@ from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import Engine
 from reference_cluster.kvpool.index import PrefixIndex
 from reference_cluster.kvpool.pool import BlockPool, OnChange, PoolUse, ignore
+from reference_cluster.kvpool.quota import TenantQuota
 from reference_cluster.kvpool.ssd import SsdTier
 from reference_cluster.messenger import Delivery
 from reference_cluster.policies.batching import chunks
@@ -133,11 +134,13 @@ class PrefillInstance(PrefillLoad):
         fetch: Callable[[Queued, Holder], None],
         hand_over: Callable[[Request, float], Delivery | None],
         on_prefilled: Callable[[Request, Delivery | None], None],
+        quota: TenantQuota | None = None,
     ) -> None:
         super().__init__(id, cost, block_tokens)
         self.engine = engine
         self.pool: BlockPool = pool
         self.ssd = ssd
+        self.quota = quota
         self.chunk_tokens = chunk_tokens
         self.keep = self.take_in
         self.fetch = fetch
@@ -168,6 +171,7 @@ class PrefillInstance(PrefillLoad):
     def accept(self, request: Request, placement: Placement) -> None:
         """Take a place in the queue, hold on to what the pool has of the prefix, fetch the rest."""
         held, read_s = self.hold(request.blocks)
+        self.claim(request, request.blocks[:held])
         self.promise(request.blocks[held:])
         predicted_s = self.cost.occupied_s(request.input_tokens, placement.reused_tokens)
         queued = Queued(request, predicted_s, held, awaited=int(placement.fetch is not None))
@@ -209,10 +213,22 @@ class PrefillInstance(PrefillLoad):
         """Extend what is stored and pinned of a request's chain to `blocks`, where room is."""
         wanted = queued.request.blocks[queued.pinned : blocks]
         self.forget_promises(wanted)
-        stored = self.keep(queued.request, wanted)
+        stored = self.keep(queued.request, self.within_quota(queued.request, wanted))
+        self.claim(queued.request, wanted[:stored])
         # What found no room is promised still, so that the books stay balanced until the end.
         self.promise(wanted[stored:])
         queued.pinned += stored
+
+    def within_quota(self, request: Request, blocks: Sequence[Block]) -> Sequence[Block]:
+        """As many of them as the request's tenant may have stored."""
+        if self.quota is None or request.tenant is None:
+            return blocks
+        return blocks[: self.quota.room(request.tenant, blocks)]
+
+    def claim(self, request: Request, blocks: Sequence[Block]) -> None:
+        """The pool has these for the request's tenant."""
+        if self.quota is not None and request.tenant is not None:
+            self.quota.claim(request.tenant, blocks)
 
     async def run(self) -> None:
         """Prefill for ever."""
@@ -319,6 +335,8 @@ class PrefillInstance(PrefillLoad):
         self.pool.check_integrity()
         if self.ssd is not None:
             self.ssd.check_integrity()
+        if self.quota is not None:
+            self.quota.check_integrity()
         is_idle = not (self.queue or self.running or self.draining)
         assert not (is_idle and self.promised), f"{self.name} promises blocks"
         assert not (is_idle and not self.lending and self.pool.pins), f"{self.name} pins blocks"

@@ -94,6 +94,7 @@ class Recovery:
             client=client,
             prompt=[*client.prompt, *client.output] if client.prompt else (),
             output=client.output,
+            tenant=client.tenant,
         )
 
     def place(self, attempt: Request) -> None:

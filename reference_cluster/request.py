@@ -68,6 +68,7 @@ class Request:
     # `is_cancelled` says to all who still have it, and an attempt of it begins elsewhere, with an
     # id of its own: `client` is the request that was submitted, and that will end.
     client: Request | None = None
+    tenant: str | None = None  # Whose quota of the pool its blocks count towards.
     replacements: int = 0
 
     @property

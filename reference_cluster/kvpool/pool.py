@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from reference_cluster.config import Eviction
-from reference_cluster.policies.eviction import LengthAware, make_order
+from reference_cluster.policies.eviction import LeastFrequentlyUsed, LengthAware, make_order
 from reference_cluster.request import Block
 
 OnChange = Callable[[Sequence[Block]], None]
@@ -130,6 +130,15 @@ class BlockPool:
     def discard(self, block: Block) -> None:
         """Give up a block that nobody needs, for another tier has it."""
         del self.idle[block]
+
+    def evict_these(self, blocks: Sequence[Block]) -> None:
+        """Let idle blocks go out of turn."""
+        for block in blocks:
+            del self.idle[block]
+            if isinstance(self.idle, LeastFrequentlyUsed):
+                self.idle.forget(block)
+        if blocks:
+            self.evict(blocks)
 
     def make_room(self, blocks: int) -> bool:
         """Evict idle blocks until that many fit; False (and what could be evicted gone) if not."""
