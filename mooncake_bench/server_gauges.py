@@ -22,12 +22,18 @@ GAUGES = (
     Gauge(
         "server-running",
         "Requests that the server works on",
-        ("vllm:num_requests_running", "sglang:num_running_reqs", "tgi_batch_current_size"),
+        (
+            *("vllm:num_requests_running", "sglang:num_running_reqs"),
+            *("dynamo_frontend_inflight_requests", "tgi_batch_current_size"),
+        ),
     ),
     Gauge(
         "server-waiting",
         "Requests that wait in the server",
-        ("vllm:num_requests_waiting", "sglang:num_queue_reqs", "tgi_queue_size"),
+        (
+            *("vllm:num_requests_waiting", "sglang:num_queue_reqs"),
+            *("dynamo_frontend_queued_requests", "tgi_queue_size"),
+        ),
     ),
     Gauge(
         "server-cache",

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from mooncake_bench.replay.errors import ReplayError
+from mooncake_bench.replay.servers import SERVERS
 
 
 def _flag(text: str, **limits: Any) -> msgspec.Meta:
@@ -30,6 +31,10 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     url: Annotated[
         str,
         _flag("the endpoint, like http://127.0.0.1:8000 (its token: $MOONCAKE_BENCH_TOKEN)"),
+    ] = ""
+    server: Annotated[
+        Literal["", "vllm", "sglang", "dynamo", "tgi"],
+        _flag("what answers at the URL: its kind of prompts, and a word where it tells too little"),
     ] = ""
     out: Annotated[str, _flag("directory of the run; nothing is written without it")] = ""
     name: Annotated[str, _flag("name of the run in reports (default: the trace's)")] = ""
@@ -108,7 +113,10 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def sends_tokens(self) -> bool:
         """Whether prompts travel as token ids rather than as text."""
-        return self.prompt == "tokens" or (self.prompt == "auto" and self.endpoint == "completions")
+        takes = self.endpoint == "completions" and (
+            not self.server or SERVERS[self.server].takes_token_ids
+        )
+        return self.prompt == "tokens" or (self.prompt == "auto" and takes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +168,9 @@ def settle_salt(options: ReplayOptions) -> ReplayOptions:
 
 def _check_together(options: ReplayOptions) -> None:
     """Raise ReplayError for flags that do not go together."""
+    server = SERVERS.get(options.server)
+    if server is not None and options.prompt == "tokens" and not server.takes_token_ids:
+        raise ReplayError(f"--prompt tokens: {server.title} takes none; leave out --prompt")
     if options.cache_salt and options.salt == "none":
         raise ReplayError("--cache-salt: there is no salt to send; add --salt run or --salt TEXT")
     if options.tokenizer and options.sends_tokens:

@@ -34,6 +34,7 @@ from mooncake_bench.replay.recorder import Batch
 from mooncake_bench.replay.release import Retry
 from mooncake_bench.replay.schedule import Ints, Plan, plan
 from mooncake_bench.replay.scrape import Scraper
+from mooncake_bench.replay.servers import SERVERS, warnings_about
 from mooncake_bench.replay.target import (
     Target,
     authorization,
@@ -142,7 +143,7 @@ def replay(
         finally:
             bodies.stop()
     result = conclude(whole, batches, [stats], options, target, start[0], stopped=stopped[0])
-    return with_server_metrics(result, scraper, start[0])
+    return with_server_metrics(result, scraper, start[0], options.server)
 
 
 @contextlib.contextmanager
@@ -160,16 +161,22 @@ def scraping(target: Target, options: ReplayOptions) -> Iterator[Scraper | None]
 
 
 def with_server_metrics(
-    result: ReplayResult, scraper: Scraper | None, start: float
+    result: ReplayResult, scraper: Scraper | None, start: float, server: str = ""
 ) -> ReplayResult:
-    """The result with what the scraper has read; `start` as of time.perf_counter()."""
+    """The result with what the scraper has read; `start` as of time.perf_counter().
+
+    Of a kind of `server` that is known it is said what it could have told and did not.
+    """
+    metrics = scraper.frame(start) if scraper is not None else None
+    if server:
+        result.warnings.extend(warnings_about(SERVERS[server], result.requests, metrics))
     if scraper is None:
         return result
     if scraper.is_cut:
         result.warnings.append("server_metrics.parquet is cut: the server has too many series.")
     if scraper.missed:
         result.warnings.append(f"/metrics did not answer {scraper.missed} times during the run.")
-    return dataclasses.replace(result, server_metrics=scraper.frame(start))
+    return dataclasses.replace(result, server_metrics=metrics)
 
 
 def _allow_files() -> None:

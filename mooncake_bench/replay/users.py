@@ -352,7 +352,7 @@ class MasterSide:
         ]
         rows = np.concatenate(lost) if lost else None
         result = conclude(whole, self._batches, engines, options, target, self._start, rows)
-        result = with_server_metrics(result, scraper, self._start)
+        result = with_server_metrics(result, scraper, self._start, options.server)
         result.warnings.extend(errors)
         result.client["clocks_ahead_s"] = [part.clock_ahead_s for part in self._shares.values()]
         if options.out:

@@ -75,6 +75,8 @@ def test_texts_of_a_web_form_become_numbers():
         ({"search": "rate", "speed": 2.0}, "--speed: a search chooses it"),
         ({"search": "load"}, "--search load: use one of rate, speed"),
         ({"target": 1.5}, "--target 1.5: "),
+        ({"server": "llm"}, "--server llm: use one of dynamo, sglang, tgi, vllm"),
+        ({"server": "tgi", "prompt": "tokens"}, "--prompt tokens: TGI takes none; leave out"),
         ({"retry": "always"}, "--retry always: use one of backoff, none"),
     ],
 )

@@ -56,6 +56,15 @@ def test_a_replay_of_another_server_becomes_a_run_directory(tmp_path):
     assert run.samples.is_empty()
 
 
+def test_a_named_server_is_told_what_it_left_out():
+    """Its /metrics are of something else: one warning, with the remedy."""
+    with serving(Server(good_stream, MODELS)) as server:
+        result = replay(a_trace([0.0]), server.url, ReplayOptions(server="vllm"))
+    assert [line for line in result.warnings if "vLLM" in line] == [
+        "/metrics has no vllm:* of vLLM; start it without --disable-log-stats."
+    ]
+
+
 def test_our_own_cluster_tells_its_timeline_and_samples():
     """Stamps go onto the client's clock; so do samples, by the pings before the run."""
     ahead_s = 500.0  # How far the server's clock is from ours.
