@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
@@ -30,12 +31,21 @@ AFTER_FIRST_TOKEN = ("decode_queue", "decode")
 class Curve:
     """One run's frame in a figure, with the label and the colour the run has everywhere.
 
-    Labels are shown as they are: escape `<`, `>` and `&` before, Plotly reads tags in them.
+    Labels are shown as they are: escape `<`, `>` and `&` before, Plotly reads tags in them. With a
+    `key` and a column request in the frame, a point knows which request of which run it is.
     """
 
     label: str
     colour: str
     frame: pl.DataFrame
+    key: str = ""
+
+    @property
+    def clickable(self) -> list[list[Any]]:
+        """(key, request) of each row, as a trace's customdata; empty without requests."""
+        if "request" not in self.frame.columns:
+            return []
+        return [[self.key, request] for request in self.frame["request"].to_list()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +87,22 @@ def capacity_bars(
     return figure
 
 
-def cumulative(curves: Sequence[Curve], bound_s: float, what: str) -> go.Figure:
-    """The share of offered requests that reached `what` within a time, with its SLO bound.
+def cumulative(curves: Sequence[Curve], bound_s: float | None, what: str) -> go.Figure:
+    """The share of offered requests that reached `what` within a time, with its SLO bound, if any.
 
     Frames are of `metrics.cumulative_shares`: value_s (log axis), share.
     """
     figure = go.Figure()
     values = [value for curve in curves for value in curve.frame["value_s"] if value > 0]
-    low, high = min([bound_s / 3, *values]), max([bound_s * 2, *values])
+    beside = [bound_s / 3, bound_s * 2] if bound_s is not None else [] if values else [0.1, 1.0]
+    low, high = min([*beside, *values]), max([*beside, *values])
     for curve in curves:
         _step_line(figure, curve, low, high)
     theme.styled(figure, height=320, x=what, y="share of offered requests")
     figure.update_xaxes(**theme.seconds_log_axis(low * 0.9, high * 1.1))
     figure.update_yaxes(**_SHARE_AXIS)
-    _bound_line(figure, bound_s)
+    if bound_s is not None:
+        _bound_line(figure, bound_s)
     return figure
 
 
@@ -241,7 +253,7 @@ def shares_over_time(curves: Sequence[Curve], column: str) -> go.Figure:
         )
     theme.styled(figure, height=260, x="minutes since start")
     figure.update_xaxes(rangemode="tozero")
-    highest = max((max(curve.frame[column]) for curve in curves), default=1.0)
+    highest = max((value for curve in curves for value in curve.frame[column]), default=1.0)
     figure.update_yaxes(tickformat=".0%", range=[0, max(highest * 1.15, 0.05)], nticks=5)
     return figure
 
@@ -314,10 +326,13 @@ def _step_line(figure: go.Figure, curve: Curve, low: float, high: float) -> None
     values = [max(value, low * 0.9) for value in curve.frame["value_s"]]
     shares = curve.frame["share"].to_list()
     last = shares[-1] if shares else 0.0
+    known = curve.clickable
     figure.add_scatter(
         name=curve.label,
         x=[low * 0.9, *values, high * 1.1],
         y=[0.0, *shares, last],
+        # The ends are no request: they answer for the nearest.
+        customdata=[known[0], *known, known[-1]] if known else None,
         mode="lines",
         line={"color": curve.colour, "width": 2.5, "shape": "hv"},
         hovertemplate="%{y:.1%} within %{x:.3g} s<extra>%{fullData.name}</extra>",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from html import escape
 from importlib import resources
 
 import plotly.graph_objects as go
@@ -16,6 +17,7 @@ _SYSTEM_COLOURS = {
     "colocated": ("#d5681c", "#c9971c", "#b0503f", "#a8763e"),
     "external": ("#8a5fa8", "#c06c9c", "#5f8a3a", "#7d7d7d"),
 }
+SYSTEMS = tuple(_SYSTEM_COLOURS)
 # Stages and reasons are no systems: muted colours of their own, waiting in greys.
 STAGE_COLOURS = {
     "queue": "#9aa0a8",
@@ -82,6 +84,11 @@ def styled(figure: go.Figure, *, height: int, x: str = "", y: str = "") -> go.Fi
     if y:
         figure.update_yaxes(title_text=y)
     return figure
+
+
+def plain(text: str) -> str:
+    """A text in which Plotly finds no tags."""
+    return escape(text)
 
 
 def seconds_log_axis(low_s: float, high_s: float) -> dict[str, object]:

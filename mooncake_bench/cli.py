@@ -16,6 +16,7 @@ from mooncake_bench.calibrate_command import calibrate
 from mooncake_bench.gate.command import gate_app
 from mooncake_bench.gate.compare import compare
 from mooncake_bench.gate.errors import GateError
+from mooncake_bench.look import dashboard, watch
 from mooncake_bench.plan.command import plan
 from mooncake_bench.plan.errors import PlanError
 from mooncake_bench.plan.fit_command import trace_fit
@@ -280,6 +281,8 @@ def search_capacity(trace: Trace, options: ReplayOptions) -> None:
 
 app.command(name="replay")(as_command(replay))
 app.command()(compare)
+app.command()(dashboard)
+app.command()(watch)
 
 
 @app.command()

@@ -48,12 +48,12 @@ def summarise(
 def summarise_frame(info: RunInfo, frame: pl.DataFrame, samples: pl.DataFrame) -> dict[str, Any]:
     """`summarise`, for who has the `per_request` frame already: it takes most of the time."""
     every = frame.height
-    frame = _from_start(measured(frame, info.measured_s), info.measured_s)
+    frame = windowed(frame, info.measured_s)
     finished = frame.filter(pl.col("status") == "finished")
     return {
         **_counts(frame),
         **_times(finished),
-        **_against_slo(frame, info.slo, info.slo_by_class),
+        **against_slo(frame, info.slo, info.slo_by_class),
         **_efficiency(frame, finished),
         **_refusals(frame),
         "accounting": accounting(frame),
@@ -81,7 +81,11 @@ def per_request(requests: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
     `tbt_s_p99`: the longest gap, and the 99th percentile of them. `tpot_s`: first to last token
     over output_tokens - 1. `e2e_s`: intended arrival to the end. `queue_s` ... `other_s`: STAGES.
     """
-    times = request_tbt(requests, spans)
+    return with_tbt(requests, request_tbt(requests, spans))
+
+
+def with_tbt(requests: pl.DataFrame, times: pl.DataFrame) -> pl.DataFrame:
+    """`per_request`, for who has `request_tbt` already: it takes most of the time."""
     first = pl.col("first_token_s")
     return requests.join(times, on="request", how="left", maintain_order="left").select(
         *requests.columns,
@@ -337,7 +341,8 @@ def _times(finished: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def _against_slo(frame: pl.DataFrame, slo: Slo, by_class: Mapping[str, Slo]) -> dict[str, Any]:
+def against_slo(frame: pl.DataFrame, slo: Slo, by_class: Mapping[str, Slo]) -> dict[str, Any]:
+    """The part of the summary that depends on the SLO, of a `windowed` frame."""
     met = int(attained(frame, slo, by_class).sum())
     finished = int((frame["status"] == "finished").sum())
     goodput = _ratio(met, _goodput_span(frame))
@@ -387,11 +392,13 @@ def _measured_window(window_s: tuple[float, float] | None, excluded: int) -> dic
     return {"start_s": window_s[0], "end_s": window_s[1], "excluded": excluded}
 
 
-def _from_start(frame: pl.DataFrame, window_s: tuple[float, float] | None) -> pl.DataFrame:
-    """Times of the run counted from the start of the window, so that rates are over it."""
+def windowed(frame: pl.DataFrame, window_s: tuple[float, float] | None) -> pl.DataFrame:
+    """The `measured` rows, their times counted from the window's start: rates are over it."""
     if window_s is None:
         return frame
-    return frame.with_columns(pl.col("arrival_s", "sent_s", "finished_s") - window_s[0])
+    return measured(frame, window_s).with_columns(
+        pl.col("arrival_s", "sent_s", "finished_s") - window_s[0]
+    )
 
 
 def _efficiency(frame: pl.DataFrame, finished: pl.DataFrame) -> dict[str, Any]:

@@ -99,6 +99,9 @@ _NEVER_NULL = {
 _SCHEMAS = {"requests": REQUESTS, "spans": SPANS, "samples": SAMPLES}
 
 
+TBT_FILE = "tbt.parquet"
+
+
 class RecordsError(ValueError):
     """A run that cannot be written or read; the message is one line with place and remedy."""
 
@@ -154,9 +157,11 @@ def write_run(
     samples: pl.DataFrame | None = None,
     server_metrics: pl.DataFrame | None = None,
 ) -> Run:
-    """Write the five files of a run directory, whatever there is to write, and return the run.
+    """Write the files of a run directory, whatever there is to write, and return the run.
 
-    With `server_metrics` (columns SERVER_METRICS) there is a sixth, server_metrics.parquet.
+    Beside its three tables, run.json and summary.json there is tbt.parquet: `metrics.request_tbt`,
+    one row a request, so that whoever looks at the run need not go through its tokens again.
+    With `server_metrics` (columns SERVER_METRICS) there is server_metrics.parquet too.
 
     The frames are cast to REQUESTS, SPANS and SAMPLES: a missing column becomes null unless it may
     not be, an unknown one is an error. Every file is complete before any takes its final name.
@@ -169,10 +174,13 @@ def write_run(
         "spans": conform(spans if spans is not None else pl.DataFrame(), "spans"),
         "samples": conform(samples if samples is not None else pl.DataFrame(), "samples"),
     }
-    summary = metrics.summarise(info, frames["requests"], frames["spans"], frames["samples"])
+    times = metrics.request_tbt(frames["requests"], frames["spans"])
+    per_request = metrics.with_tbt(frames["requests"], times)
+    summary = metrics.summarise_frame(info, per_request, frames["samples"])
     writers: dict[str, Callable[[IO[bytes]], Any]] = {
         f"{name}.parquet": frame.write_parquet for name, frame in frames.items()
     }
+    writers[TBT_FILE] = times.write_parquet
     if server_metrics is not None:
         writers["server_metrics.parquet"] = server_metrics.cast(
             pl.Schema(SERVER_METRICS)
@@ -188,9 +196,9 @@ def write_run(
 
 def read_run(directory: Path) -> Run:
     """Read a run directory back; raises RecordsError for what is missing, broken or too new."""
-    info = _read_info(directory / "run.json")
-    frames = {name: _read_frame(directory / f"{name}.parquet", name) for name in _SCHEMAS}
-    summary = _read_object(directory / "summary.json")
+    info = read_info(directory / "run.json")
+    frames = {name: read_frame(directory / f"{name}.parquet", name) for name in _SCHEMAS}
+    summary = read_object(directory / "summary.json")
     return Run(info=info, **frames, summary=summary, directory=directory)
 
 
@@ -283,8 +291,9 @@ def _json(value: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
-def _read_info(path: Path) -> RunInfo:
-    data = _read_object(path)
+def read_info(path: Path) -> RunInfo:
+    """Read a run.json; raises RecordsError."""
+    data = read_object(path)
     version = data.get("schema_version")
     if not isinstance(version, int):
         raise RecordsError(f"{path}: no schema_version; is this a run of mooncake-bench?")
@@ -299,7 +308,8 @@ def _read_info(path: Path) -> RunInfo:
         raise RecordsError(f"{path}: {_first_line(error)}") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run directory; raises RecordsError."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -313,7 +323,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_frame(path: Path, table: str) -> pl.DataFrame:
+def read_frame(path: Path, table: str) -> pl.DataFrame:
+    """Read a file of one of the tables (requests, spans, samples); raises RecordsError."""
     try:
         frame = pl.read_parquet(path, glob=False)
     except FileNotFoundError:

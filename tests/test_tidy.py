@@ -73,9 +73,10 @@ MAY_START_A_CLUSTER = (
     "mooncake_bench/gate/scenarios.py",
     "mooncake_bench/plan",
 )
-DRAWERS = ("report", "report_replay", "cli", "reproduce/page", "plan/page", "gate/page")
+DRAWERS = ("report", "report_replay", "cli", "look", "reproduce/page", "plan/page", "gate/page")
 MAY_DRAW = tuple(f"mooncake_bench/{name}.py" for name in DRAWERS)
-SEEN_BY_DASHBOARDS = tuple(f"mooncake_bench.{name}" for name in ("metrics", "records", "slo"))
+SEEN = ("explore", "metrics", "opened", "records", "slo")
+SEEN_BY_DASHBOARDS = tuple(f"mooncake_bench.{name}" for name in SEEN)
 
 
 def layering(source: Source) -> Iterator[Breach]:
@@ -100,6 +101,7 @@ def layering(source: Source) -> Iterator[Breach]:
 
 HOMES = {
     "plotly": ("dashboards",),
+    "dash": ("dashboards/app",),
     "locust": ("mooncake_bench/replay/users.py", "mooncake_bench/replay/locustfile.py"),
     "gevent": ("mooncake_bench/replay/users.py", "mooncake_bench/replay/locustfile.py"),
     "torch": ("reference_cluster/engines/torch",),

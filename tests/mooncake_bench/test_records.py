@@ -20,7 +20,7 @@ ONE = pl.DataFrame({"request": [0], "arrival_s": [0.0], "input_tokens": [3], "st
 
 
 def test_a_run_reads_back_as_it_was_written(a_run: ARun) -> None:
-    """Info, rows and summary are the same after the way through the five files."""
+    """Info, rows and summary are the same after the way through the files."""
     run = a_run("run", requests=50, slo=Slo(2.0, 0.04), warnings=["a warning"])
     assert run.directory is not None
     again = read_run(run.directory)
@@ -34,6 +34,7 @@ def test_a_run_reads_back_as_it_was_written(a_run: ARun) -> None:
         "samples.parquet",
         "spans.parquet",
         "summary.json",
+        "tbt.parquet",
     ]
 
 

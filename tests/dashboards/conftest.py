@@ -1,0 +1,58 @@
+"""A directory of runs and a dashboard over it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.mooncake_bench.conftest import made_up_run
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Live 2P+2D (with refusals) against 4 colocated, and a simulated 8P+8D; not to be changed."""
+    where = tmp_path_factory.mktemp("runs")
+    live: dict[str, Any] = {"source": "live-modelled", "requests": 300, "rps": 0.8, "instances": 4}
+    made_up_run(where / "live-d", name="2P+2D", reject=0.06, **live)
+    made_up_run(where / "live-c", name="4 colocated", system="colocated", slow=1.5, **live)
+    made_up_run(where / "sim-d", name="8P+8D", requests=1500)
+    return where
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., str]]:
+    """Starts a dashboard on a free port and gives its address."""
+    server_of = pytest.importorskip("dashboards.app.server", reason="dash is not installed")
+    servers = []
+
+    def start(*roots: Path, token: str = "") -> str:
+        server = server_of.serve(server_of.build(roots, token), "127.0.0.1", 0)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """The system's Chromium, headless, driven by Playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"none of {', '.join(names)} on PATH")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
