@@ -61,7 +61,8 @@ def build(roots: Sequence[Path], token: str = "") -> dash.Dash:
     )
     app.index_string = _index()
     app.layout = _layout
-    _connect(app, store)
+    _show(app, store)
+    _listen(app, store)
     _serve_exports(server, store)
     return app
 
@@ -88,9 +89,8 @@ def _layout() -> Any:
     )
 
 
-def _connect(app: dash.Dash, store: Store) -> None:
-    given = Input({"control": ALL}, "value")
-    names = State({"control": ALL}, "id")
+def _show(app: dash.Dash, store: Store) -> None:
+    """From the address to the page, its links and its controls."""
     here = (Input("address", "pathname"), Input("address", "search"))
 
     @app.callback(
@@ -117,7 +117,7 @@ def _connect(app: dash.Dash, store: Store) -> None:
         Output("dressed", "data"),
         *here,
         State({"control": ALL}, "value"),
-        names,
+        State({"control": ALL}, "id"),
         State("dressed", "data"),
     )  # type: ignore[untyped-decorator]  # Dash's
     def show_controls(
@@ -133,10 +133,20 @@ def _connect(app: dash.Dash, store: Store) -> None:
             return links, no_update, no_update
         return links, controls.controls(view, page), dress
 
+    app.clientside_callback(
+        "function(search) { return window.mooncakeTheme(search); }",
+        Output("navigation", "title"),
+        Input("address", "search"),
+    )
+
+
+def _listen(app: dash.Dash, store: Store) -> None:
+    """From what is touched to the address."""
+
     @app.callback(
         Output("address", "search"),
-        given,
-        names,
+        Input({"control": ALL}, "value"),
+        State({"control": ALL}, "id"),
         State("address", "pathname"),
         State("address", "search"),
         prevent_initial_call=True,
@@ -174,12 +184,6 @@ def _connect(app: dash.Dash, store: Store) -> None:
         if data[0] == "slo":
             return path, state.with_(ttft=data[1], tbt=data[2] * 1e3).search
         return "/request", state.with_(run=data[0], request=data[1]).search
-
-    app.clientside_callback(
-        "function(search) { return window.mooncakeTheme(search); }",
-        Output("navigation", "title"),
-        Input("address", "search"),
-    )
 
 
 def _cell_of(view: View, key: str, point: dict[str, Any]) -> list[Any] | None:
