@@ -9,12 +9,13 @@ forms, and vLLM's older events, which are arrays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
 from reference_cluster.errors import ClusterError
 
+Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 SEQUENCE_BYTES = 8
 END_OF_REPLAY = b"\xff" * SEQUENCE_BYTES  # -1: nothing more is repeated.
 MEDIA = ("GPU", "CPU", "DISK")
@@ -46,8 +47,9 @@ class Stored(Event, kw_only=True, tag="stored"):
     seq_hashes: tuple[int, ...]
     base_block_idx: int | None = None  # How many blocks of the prompt come before the first.
     parent_hash: int | None = None  # The block before the first.
-    token_ids: tuple[int, ...] | None = None
-    extra_keys: Any = None  # vLLM's: what else than tokens the hashes depend on, block by block.
+    token_ids: tuple[Token, ...] | None = None
+    # vLLM's: what else than tokens the hashes depend on, block by block.
+    extra_keys: tuple[Any, ...] | None = None
 
 
 class Removed(Event, kw_only=True, tag="removed"):
@@ -112,7 +114,7 @@ def decode(payload: bytes) -> list[AnyEvent]:
         opened = [with_open_names(wire) for wire in wires]
         known = [wire for wire in opened if wire.get("event_type") in OPEN_KINDS]
         return [msgspec.convert(wire, AnyEvent) for wire in known]
-    except (msgspec.DecodeError, LookupError, TypeError, AttributeError) as error:
+    except (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise EventError(f"not a batch of KV events: {error}") from None
 
 

@@ -78,7 +78,7 @@ class FollowedIndex:
                 return ()  # Its place is unknown; and without those before it nobody can use it.
         keys = prefix_hashes(event.token_ids, self.block_tokens, parent)
         self.keys.update(zip(event.seq_hashes, keys, strict=False))
-        return keys
+        return keys[: len(event.seq_hashes)]
 
     def removed(self, instance: int, medium: str, hashes: Sequence[int]) -> None:
         where = self.media.get(medium)

@@ -8,16 +8,15 @@ are taken as given, so that they must be those of whoever stored the blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
 from reference_cluster.blocks import prefix_hashes, salt_key
 from reference_cluster.errors import ClusterError
-from reference_cluster.kvpool.events import MEDIA
+from reference_cluster.kvpool.events import MEDIA, Token
 from reference_cluster.kvpool.index import PrefixIndex
 
-Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Answer = dict[str, dict[str, dict[str, Any]]]  # By tenant and instance.
 
 

@@ -136,6 +136,12 @@ def test_nonsense_is_said_to_be_nonsense(batch: Any) -> None:
         decode(msgspec.msgpack.encode(batch))
 
 
+@pytest.mark.parametrize("payload", [b"", b"\xa1\xff", b"\xc1" * 9])
+def test_noise_is_nonsense_too(payload: bytes) -> None:
+    with pytest.raises(EventError, match="not a batch of KV events"):
+        decode(payload)
+
+
 # ---- our changes as events -------------------------------------------------------------------
 
 
@@ -261,6 +267,20 @@ def test_numbers_tell_gaps_repeats_and_restarts() -> None:
     numbering.expected = 7
     assert [numbering.judge(number) for number in (6, 7)] == ["known", "next"]
     assert numbering.judge(0) == "restart"
+
+
+def test_what_cannot_be_repeated_is_forgotten() -> None:
+    """A gap (1), noise (3) and a publisher that starts again (0): only what came since is known."""
+
+    async def main() -> None:
+        followed = FollowedIndex(["vllm"], 10)
+        subscription = Subscription(followed, "tcp://127.0.0.1:1", name="vllm")
+        for number, block in ((0, 1), (2, 2), (3, None), (4, 4), (0, 5)):
+            event = Stored(seq_hashes=(block or 0,))
+            await subscription.receive(number, encode([event], 0.0) if block else b"noise")
+            assert [*followed.index.holders] == ([block] if block else [])
+
+    asyncio.run(main())
 
 
 # ---- over sockets ----------------------------------------------------------------------------
