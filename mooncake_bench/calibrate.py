@@ -224,7 +224,13 @@ def fitted_profile(
         f"a decode step within {max(steps):.0%} (median {statistics.median(steps):.0%})"
     )
     source = f"probes of {url}: {len(prefills)} prefills, {len(decodes)} decode batches"
-    return msgspec.structs.replace(profile, source=source, error=error)
+    return msgspec.structs.replace(
+        profile,
+        source=source,
+        error=error,
+        prefill_error=max(first),
+        decode_error=max(steps),
+    )
 
 
 def as_toml(profile: Profile) -> str:
