@@ -381,6 +381,8 @@ class BytesCarrier:
 
     async def verified(self, blocks: Sequence[Block], slots: Sequence[int]) -> int:
         """How many leading blocks are taken for right."""
+        if not self.is_modelled:  # What a real engine's bytes must be, nobody else knows.
+            return len(slots)
         for place in sampled(len(blocks), self.config.network.verify, self.rng):
             await asyncio.sleep(0)
             self.counts["verified_blocks"] += 1
