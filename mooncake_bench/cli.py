@@ -223,7 +223,11 @@ def replay(options: ReplayOptions) -> None:
         return
     with diagnostics.status("connecting") as status:
         result = replay_trace(
-            loaded, options.url, options, lambda progress: status.update(str(progress))
+            loaded,
+            options.url,
+            options,
+            lambda progress: status.update(str(progress)),
+            directory=Path(options.out),
         )
     run = write(result, loaded, options, Path(options.out))
     show_summary([run])

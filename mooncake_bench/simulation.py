@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import time
+from collections import deque
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ import msgspec
 import polars as pl
 
 from mooncake_bench.records import Run, RunInfo, fingerprint, installed_versions, write_run
+from mooncake_bench.segments import SegmentWriter
 from mooncake_bench.slo import Slo
+from reference_cluster.cluster import Cluster
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import Profile
 from reference_cluster.request import Request, Timeline
@@ -19,6 +24,9 @@ from reference_cluster.samples import SAMPLE_COLUMNS
 from reference_cluster.simulate import Watch, collector_paused, simulate
 from reference_cluster.spans import span_columns
 from workloads.trace import Trace
+
+QUICK_S = 2.0
+"""A simulation that takes less is over before anybody has opened a page."""
 
 STAMPS = [field.name for field in fields(Timeline)]
 AS_THEY_ARE = (
@@ -43,9 +51,18 @@ def simulate_trace(
     speed: float = 1.0,
     name: str | None = None,
 ) -> Run:
-    """Run the whole trace, `speed` times faster, and write the run directory `out`."""
+    """Run the whole trace, `speed` times faster, and write the run directory `out`.
+
+    One that takes long can be looked at there meanwhile: see segments.py.
+    """
+    requests = as_requests(trace, speed)
+    live = LiveSimulation(out, describe(trace, config, profile, speed, name), requests)
     with collector_paused():
-        return write_run(out, *simulated_run(trace, config, profile, speed, name))
+        run = write_run(
+            out, *simulated_run(trace, config, profile, speed, name, live.watch, requests)
+        )
+    live.close()
+    return run
 
 
 def simulated_run(
@@ -55,12 +72,25 @@ def simulated_run(
     speed: float = 1.0,
     name: str | None = None,
     watch: Watch | None = None,
+    requests: list[Request] | None = None,
 ) -> tuple[RunInfo, pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """The run's description, requests, spans and samples, as `records.write_run` takes them."""
-    requests = as_requests(trace, speed)
-    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    """The run's description, requests, spans and samples, as `records.write_run` takes them.
+
+    `requests` are the trace's as the cluster's, where they were made already.
+    """
+    requests = as_requests(trace, speed) if requests is None else requests
+    info = describe(trace, config, profile, speed, name)
     simulated = simulate(config, profile, requests, watch=watch)
-    info = RunInfo(
+    spans = pl.DataFrame(span_columns(requests))
+    samples = pl.DataFrame(simulated.samples, schema=list(SAMPLE_COLUMNS), orient="row")
+    return info, request_frame(requests), spans, samples
+
+
+def describe(
+    trace: Trace, config: ClusterConfig, profile: Profile, speed: float, name: str | None
+) -> RunInfo:
+    """What is run, from now on."""
+    return RunInfo(
         name=name or config.description,
         source="simulated",
         system=config.system,
@@ -71,11 +101,60 @@ def simulated_run(
         seed=config.seed,
         versions=installed_versions(),
         machine=fingerprint(),
-        started_at=started_at,
+        started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    spans = pl.DataFrame(span_columns(requests))
-    samples = pl.DataFrame(simulated.samples, schema=list(SAMPLE_COLUMNS), orient="row")
-    return info, request_frame(requests), spans, samples
+
+
+class LiveSimulation:
+    """Writes segments of a simulation that has taken a while; `watch` goes to `simulate`."""
+
+    def __init__(self, out: Path, info: RunInfo, requests: list[Request]) -> None:
+        self._out, self._info = out, info
+        self._due = deque(requests)
+        self._open: list[Request] = []
+        self._planned = len(requests)
+        self._sampled_s = -1.0
+        self._next_s = 0.0
+        self._writer: SegmentWriter | None = None
+        self._began_s = time.monotonic()
+        last_s = requests[-1].timeline.arrived_s if requests else 0.0
+        # Often enough for a simulation of any length, seldom enough to cost nothing.
+        self.watch: Watch = (max(last_s / 2000, 0.1), self.look)
+
+    def look(self, cluster: Cluster) -> None:
+        if self._writer is None:
+            if time.monotonic() - self._began_s < QUICK_S:
+                return
+            self._writer = SegmentWriter(self._out, self._info, self._planned)
+        # A request's spans are looked up in all of its instance's: the longer, the more seldom.
+        if not self._writer.is_due or time.monotonic() < self._next_s:
+            return
+        began_s = time.monotonic()
+        self._append(cluster)
+        self._next_s = began_s + 30 * (time.monotonic() - began_s)
+
+    def _append(self, cluster: Cluster) -> None:
+        assert self._writer is not None
+        now_s = asyncio.get_running_loop().time()
+        while self._due and self._due[0].timeline.arrived_s <= now_s:
+            self._open.append(self._due.popleft())
+        ended = [one for one in self._open if one.timeline.finished_s is not None]
+        self._open = [one for one in self._open if one.timeline.finished_s is None]
+        rows = []
+        for row in reversed(cluster.samples.rows):
+            if row[0] <= self._sampled_s:
+                break
+            rows.append(row)
+        if rows:
+            self._sampled_s = rows[0][0]
+        samples = pl.DataFrame(rows[::-1], schema=list(SAMPLE_COLUMNS), orient="row")
+        if ended:
+            spans = pl.DataFrame(span_columns(ended))
+            self._writer.append(requests=request_frame(ended), spans=spans, samples=samples)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def as_requests(trace: Trace, speed: float) -> list[Request]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import polars as pl
@@ -29,6 +29,7 @@ from mooncake_bench.replay.bodies import (
 )
 from mooncake_bench.replay.client import ClientStats, Engine, Progress, Timeouts
 from mooncake_bench.replay.errors import ReplayError
+from mooncake_bench.replay.live_run import LiveRun, Monitor
 from mooncake_bench.replay.options import ReplayOptions, settle_salt
 from mooncake_bench.replay.recorder import Batch
 from mooncake_bench.replay.release import Retry
@@ -75,6 +76,8 @@ class ReplayResult:
     measured_s: tuple[float, float] | None = None
     """Requests that arrive in it count; the others are warm-up and cool-down."""
     server_metrics: pl.DataFrame | None = None
+    live: LiveRun | None = None
+    """What the run was looked at through; its directory's own files replace it."""
 
     @property
     def valid(self) -> bool:
@@ -86,21 +89,17 @@ class ReplayResult:
         return self.invalid_reasons[1:] if self.stopped else self.invalid_reasons
 
 
-class Monitor(Protocol):
-    """Looks at a run while it goes on."""
-
-    def look(self, progress: Progress, batch: Batch | None) -> str:
-        """Called a few times a second with what is new; the reason to end the run, or ""."""
-
-
 def replay(
     trace: Trace,
     url: str,
     options: ReplayOptions,
     on_progress: Callable[[Progress], None] | None = None,
     monitor: Monitor | None = None,
+    directory: Path | None = None,
 ) -> ReplayResult:
     """Send the trace to the endpoint at its own times and wait for the last answer.
+
+    With a `directory` the run can be looked at there meanwhile; `write` it there afterwards.
 
     `on_progress` is called about twice a second, from a thread of its own. SIGINT and SIGTERM end
     the run and keep what was measured; so does a reason that `monitor` gives. Raises ReplayError
@@ -113,6 +112,7 @@ def replay(
     _check_window(options, whole)
     target = find_target(url, options.model)
     bodies = build_ahead(trace, whole, options, target)
+    live = LiveRun(directory, begun(trace, options, target), whole, monitor) if directory else None
     start, stopped = [0.0], [""]
     batches: list[Batch] = []
 
@@ -123,7 +123,7 @@ def replay(
             await asyncio.to_thread(bodies.is_warm.wait)
             start[0] = time.perf_counter() + START_MARGIN_S
             watch = asyncio.create_task(
-                _watch(engine, monitor, batches, stopped), name="replay-monitor"
+                _watch(engine, live or monitor, batches, stopped), name="replay-monitor"
             )
             try:
                 stats = await engine.run(start[0])
@@ -140,9 +140,14 @@ def replay(
         try:
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 stats = runner.run(main())
+        except BaseException:
+            if live is not None:
+                live.close(keep=True)
+            raise
         finally:
             bodies.stop()
     result = conclude(whole, batches, [stats], options, target, start[0], stopped=stopped[0])
+    result = dataclasses.replace(result, live=live)
     return with_server_metrics(result, scraper, start[0], options.server)
 
 
@@ -254,7 +259,7 @@ def conclude(
 
 def write(result: ReplayResult, trace: Trace, options: ReplayOptions, directory: Path) -> Run:
     """Write the run directory through `records.write_run`. Raises RecordsError."""
-    return write_run(
+    run = write_run(
         directory,
         run_info(result, trace, options),
         result.requests,
@@ -262,6 +267,29 @@ def write(result: ReplayResult, trace: Trace, options: ReplayOptions, directory:
         result.samples,
         result.server_metrics,
     )
+    if result.live is not None:
+        result.live.close()
+    return run
+
+
+def begun(trace: Trace, options: ReplayOptions, target: Target) -> RunInfo:
+    """What can be said of a run that is about to begin."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    none = pl.DataFrame()
+    to_come = ReplayResult(
+        none,
+        none,
+        none,
+        {},
+        [],
+        [],
+        target.info,
+        target.url,
+        target.model,
+        now,
+        salt=options.salt,
+    )
+    return run_info(to_come, trace, options)
 
 
 def run_info(result: ReplayResult, trace: Trace, options: ReplayOptions) -> RunInfo:

@@ -7,6 +7,7 @@ start for all, collects every record, and writes the run.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess  # gevent's: importing locust has patched it.
@@ -28,6 +29,7 @@ from mooncake_bench.replay import wire
 from mooncake_bench.replay.client import ClientStats
 from mooncake_bench.replay.errors import ReplayError
 from mooncake_bench.replay.live import LiveView, ttfts_s
+from mooncake_bench.replay.live_run import LiveRun
 from mooncake_bench.replay.options import (
     ReplayOptions,
     add_arguments,
@@ -36,7 +38,7 @@ from mooncake_bench.replay.options import (
 )
 from mooncake_bench.replay.prepare import load_trace
 from mooncake_bench.replay.recorder import FAILED, REJECTED, Batch
-from mooncake_bench.replay.run import conclude, scraping, with_server_metrics, write
+from mooncake_bench.replay.run import begun, conclude, scraping, with_server_metrics, write
 from mooncake_bench.replay.schedule import Plan, plan, share, share_of_sessions
 from mooncake_bench.replay.scrape import Scraper
 from mooncake_bench.replay.target import Target, find_target
@@ -218,6 +220,7 @@ class MasterSide:
         self._shares: dict[str, Share] = {}
         self._batches: list[Batch] = []
         self._view: LiveView | None = None
+        self._live: LiveRun | None = None
         self._start = self._end = 0.0
         self._must_stop = Event()
         self._is_over = Event()
@@ -236,7 +239,7 @@ class MasterSide:
             self._is_over.clear()
             self._must_stop.clear()
             _give_way()
-            self._shares, self._batches, self._view = {}, [], None
+            self._shares, self._batches, self._view, self._live = {}, [], None, None
             self._start = self._end = 0.0
             self.phase, self.message = "preparing", ""
             gevent.spawn(self._conduct)
@@ -265,6 +268,8 @@ class MasterSide:
             exit_code = self._replay()
         except (ReplayError, TraceError, SloError, RecordsError) as error:
             self.phase, self.message, exit_code = "failed", str(error), EXIT_BAD_INPUT
+            if self._live is not None:
+                self._live.close(keep=True)
             log.error("%s", error)
             self._runner.send_message("replay_stop", {})
         self._environment.process_exit_code = exit_code
@@ -284,6 +289,8 @@ class MasterSide:
         target = find_target(options.url, options.model)
         whole = plan(trace.frame, options.speed, waits_for_answers=options.sessions)
         self._view = LiveView(slo, len(whole))
+        if options.out:
+            self._live = LiveRun(Path(options.out), begun(trace, options, target), whole)
         with scraping(target, options) as scraper:
             self._prepare(trace, options, target)
             self._start_all()
@@ -323,6 +330,8 @@ class MasterSide:
     def _await_done(self) -> None:
         patience_until: float | None = None
         while not all(part.is_done.is_set() for part in self._shares.values()):
+            if self._live is not None:
+                self._live.add(None)  # What came in since the last segment may be due.
             if self._must_stop.wait(0.1) and patience_until is None:
                 self._runner.send_message("replay_stop", {})
                 patience_until = time.perf_counter() + STOP_PATIENCE_S
@@ -356,7 +365,7 @@ class MasterSide:
         result.warnings.extend(errors)
         result.client["clocks_ahead_s"] = [part.clock_ahead_s for part in self._shares.values()]
         if options.out:
-            write(result, trace, options, Path(options.out))
+            write(dataclasses.replace(result, live=self._live), trace, options, Path(options.out))
             log.info("run written to %s", options.out)
         for text in (*result.invalid_reasons, *result.warnings):
             log.warning("%s", text)
@@ -393,6 +402,8 @@ class MasterSide:
             batch = msgspec.msgpack.decode(msg.data["batch"], type=Batch)
             self._batches.append(batch)
             self._view.add(batch)
+            if self._live is not None:
+                self._live.add(batch)
 
     def _on_done(self, msg: Any, **_: Any) -> None:
         if part := self._shares.get(msg.node_id):
