@@ -17,6 +17,7 @@ from mooncake_bench import explore, metrics
 from mooncake_bench.slo import NOTHING, percent
 
 REFUSAL_BINS = 40
+LISTED_MAX = 50
 NO_SAMPLES = (
     "no samples of instances: external endpoints have none, live runs get them at their end"
 )
@@ -106,7 +107,11 @@ def _faults(view: View) -> list[Part]:
     """Silent instances, and requests lost with an instance, a transfer, or a process."""
     rows: list[list[Cell]] = []
     for side in view.sides:
-        for name, start_s, end_s in _of_samples(view, side, explore.silences).iter_rows():
+        silent = _of_samples(view, side, explore.silences)
+        if silent.height > LISTED_MAX:
+            more = f"{silent.height - LISTED_MAX:,} more silences"
+            rows.append([Cell(side.label), Cell(more), Cell("not listed"), Cell(NOTHING)])
+        for name, start_s, end_s in silent.head(LISTED_MAX).iter_rows():
             text = f"silent from {start_s:,.0f} s to {end_s:,.0f} s"
             rows.append([Cell(side.label), Cell(name), Cell(text), Cell(NOTHING)])
         for row in view.ask(side, explore.refused).iter_rows(named=True):
