@@ -3,12 +3,14 @@
 A token is an event whose delta holds content, text or reasoning content. Keys are found on the
 bytes: in JSON a quote inside a string is escaped, so `"text"` followed by a colon is always a key.
 JSON is decoded only for events with usage, a timeline or an error in them. Most token events of a
-stream differ in their texts only: they are recognised by what is around the text (`_find_alike`).
+stream differ in their texts only: they are recognised by what is around the text, one by one
+(`_take_event`) or many at a time (`_count_alike`).
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -16,10 +18,8 @@ import msgspec
 MAX_EVENT_BYTES = 1 << 20
 
 _TOKEN = re.compile(rb'"(?:content|text|reasoning_content|reasoning)"\s*:\s*"(?!")')
-_SPECIAL = re.compile(
-    rb'"(?:usage|timeline)"\s*:\s*\{|"error"\s*:\s*+(?!null)|"object"\s*:\s*"error"|(?:^|\n)event:'
-)
 _DONE = b"[DONE]"
+_END = b"data: [DONE]"
 
 
 class SseError(ValueError):
@@ -29,7 +29,17 @@ class SseError(ValueError):
 class SseReader:
     """Reads one stream; what it has learnt so far is in its attributes."""
 
-    __slots__ = ("_alike", "_held", "_held_return", "error", "is_done", "key", "timeline", "usage")
+    __slots__ = (
+        "_after",
+        "_before",
+        "_held",
+        "_held_return",
+        "error",
+        "is_done",
+        "key",
+        "timeline",
+        "usage",
+    )
 
     def __init__(self, key: bytes = b'"text":"') -> None:
         self.key = key
@@ -39,44 +49,44 @@ class SseReader:
         self.error = ""
         self.usage: dict[str, Any] = {}
         self.timeline: dict[str, Any] = {}
-        self._alike: tuple[bytes, bytes] | None = None
-        """What stands before and after the text of a token event, up to the next event."""
+        self._before = self._after = b""
+        """What stands around the text of a token event; empty while none is known."""
         self._held = b""
         self._held_return = False
 
     def feed(self, pieces: list[bytes]) -> int:
         """How many token events the pieces of the body complete; raises SseError."""
-        tokens = 0
-        if self._alike is None or self._held:
-            # The second event is worth knowing: the first one often has a role beside its text.
-            tokens = self._feed_any(b"".join(pieces[:2]))
-            pieces = pieces[2:]
-        first, last = self._find_alike(pieces)
-        if first:
-            tokens += self._feed_any(b"".join(pieces[:first]))
-        if last > first and (self._held or self._held_return or self.is_done or self.error):
-            last = first
-        tokens += last - first
-        return tokens + self._feed_any(b"".join(pieces[last:])) if last < len(pieces) else tokens
+        if len(pieces) < 4:
+            return sum(map(self._take_piece, pieces))
+        # The second event is worth knowing: the first one often has a role beside its text.
+        tokens = self._take_piece(pieces[0]) + self._take_piece(pieces[1])
+        alike = self._count_alike(pieces)
+        return tokens + alike + sum(map(self._take_piece, pieces[2 + alike :]))
 
-    def _find_alike(self, pieces: list[bytes]) -> tuple[int, int]:
-        """Which pieces, from one to before another, are whole events that differ in text only.
+    def _take_piece(self, piece: bytes) -> int:
+        """As `feed`: most pieces are an event each."""
+        is_event = piece.find(b"\n") == len(piece) - 2 and piece.endswith(b"\n")
+        if not is_event or self._held or self._held_return or b"\r" in piece:
+            return self._feed_any(piece)
+        return self._take_event(piece[:-2])
+
+    def _count_alike(self, pieces: list[bytes]) -> int:
+        """How many pieces from the third on are whole events that differ in text only.
 
         They are what the known event is around its text, and their texts have no quote, backslash
         or line end in them: so they are tokens, and can hold nothing else.
         """
-        if self._alike is None:
-            return 0, 0
-        before, after = self._alike
-        first, last = 0, len(pieces)
-        while first < last and not (pieces[first].startswith(before)):
-            first += 1
-        while first < last and not (
+        before, after = self._before, self._after
+        if not before or self._held or self._held_return or self.is_done or self.error:
+            return 0
+        last = len(pieces)
+        while last > 2 and not (
             pieces[last - 1].endswith(after) and pieces[last - 1].startswith(before)
         ):
             last -= 1
         begin, end = len(before), -len(after)
-        texts = [piece[begin:end] for piece in pieces[first:last]]
+        alike = pieces[2:last]
+        texts = [piece[begin:end] for piece in alike]
         together = b"".join(texts)
         is_alike = (
             all(texts)
@@ -85,22 +95,17 @@ class SseReader:
             and b"\n" not in together
             and b"\r" not in together
             # The texts have the right lengths, so equal together is equal one by one.
-            and b"".join(pieces[first:last]) == before + (after + before).join(texts) + after
+            and b"".join(alike) == before + (after + before).join(texts) + after
         )
-        return (first, last) if is_alike else (0, 0)
+        return len(alike) if is_alike else 0
 
     def _feed_any(self, data: bytes) -> int:
         if self._held_return or b"\r" in data:
             data = self._with_newlines(data)
-        if self._held:
-            data = self._held + data
-        end = data.rfind(b"\n\n") + 2
-        if end < 2:
-            end = 0
-        self._held = data[end:]
+        *events, self._held = (self._held + data).split(b"\n\n")
         if len(self._held) > MAX_EVENT_BYTES:
             raise SseError(f"an event is longer than {MAX_EVENT_BYTES} bytes")
-        return self._take(data[:end]) if end else 0
+        return sum(map(self._take_event, events))
 
     def close(self) -> int:
         """The body has ended, perhaps without the last blank line; as `feed`."""
@@ -108,7 +113,7 @@ class SseReader:
         if self._held_return:
             self._held_return = False
             rest += b"\n"
-        return self._take_each(rest) if rest.strip() else 0
+        return sum(map(self._take_event, rest.split(b"\n\n")))
 
     def _with_newlines(self, data: bytes) -> bytes:
         """`data` with every line end as a newline; a last `\\r` waits for what follows it."""
@@ -119,68 +124,34 @@ class SseReader:
             data = data[:-1]
         return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
-    def _take(self, data: bytes) -> int:
-        """Count events of one line each, `data: {...}`, after searches over all of them."""
-        if self.is_done or self.error or b'"error"' in data or b'"timeline"' in data:
-            return self._take_each(data)
-        events = data.split(b"\n\n")
-        events.pop()
-        is_done = bool(events) and events[-1] == b"data: [DONE]"
-        starts = data.count(b"\n\ndata: {") + data.startswith(b"data: {")
-        if starts + is_done != len(events) or data.count(b"\n") != 2 * len(events):
-            return self._take_each(data)
-        if is_done:
-            events.pop()
-        usage = b""
-        if b'"usage"' in data:
-            nulls = data.count(b'"usage":null') + data.count(b'"usage": null')
-            others = data.count(b'"usage"') - nulls
-            if others > 1 or (others and b'"usage"' not in events[-1]):
-                return self._take_each(data)
-            if others:
-                usage = events.pop()
-        tokens = self._count_tokens(events)
-        if usage:
-            tokens += _TOKEN.search(usage) is not None
-            self._learn(usage[6:])
-        self.is_done = is_done
-        return tokens
-
-    def _count_tokens(self, events: list[bytes]) -> int:
-        """Count among plain events, of which it learns what they are like."""
-        tokens, event, start, key = 0, b"", 0, self.key
-        empty = key + b'"'
-        for event in events:
-            if key in event and empty not in event:
-                tokens += 1
-                start = event.find(key) + len(key)
-            elif found := _TOKEN.search(event):
-                tokens += 1
-                self.key = key = found.group()
-                empty = key + b'"'
-                start = found.end()
-            else:
-                start = 0
-        if start:
-            self._learn_alike(event, start)
-        return tokens
-
-    def _learn_alike(self, event: bytes, start: int) -> None:
-        """The plain event's text begins at `start`: others may be like it."""
+    def _take_event(self, event: bytes) -> bool:
+        """An event without the blank line after it; whether it is a token."""
+        if self.is_done or self.error:
+            return False
+        before = self._before
+        if not before or not event.startswith(before):
+            if event == _END:
+                self.is_done = True
+                return False
+            before = event[: event.find(self.key) + len(self.key)]
+            if not (before.endswith(self.key) and before.startswith(b"data: {")):
+                return self._take_lines(event)
+            if not _is_plain(before):
+                return self._take_lines(event)
+        start = len(before)
         stop = event.find(b'"', start)
-        if stop > start and b"\\" not in event[start:stop]:
-            self._alike = (event[:start], event[stop:] + b"\n\n")
-
-    def _take_each(self, events: bytes) -> int:
-        tokens = 0
-        for event in events.split(b"\n\n"):
-            if self.is_done:
-                break
-            tokens += self._take_lines(event)
-        return tokens
+        if stop <= start or b"\\" in event[start:stop] or b"\n" in event:
+            return self._take_lines(event)
+        if not _is_plain_end(event[stop:]):
+            return self._take_lines(event)
+        if before is not self._before:
+            self._before, self._after = before, event[stop:] + b"\n\n"
+        return True
 
     def _take_lines(self, event: bytes) -> bool:
-        """An event in full: several lines, comments, other fields; whether it is a token."""
+        """An event of whatever form: several lines, comments, other fields; as `_take_event`."""
+        if event.startswith(b"data: {") and b"\n" not in event:
+            return self._take_payload(event[6:])
         if event.startswith(b"\xef\xbb\xbf"):
             event = event[3:]
         parts: list[bytes] = []
@@ -198,15 +169,22 @@ class SseReader:
             self.is_done = True
             return False
         if kind == b"error":
-            self.error = self.error or _clean(payload)
+            self.error = _clean(payload)
             return False
         if not payload.startswith(b"{"):
             raise SseError("an event holds no JSON object")
-        if _SPECIAL.search(payload) is not None:
-            self._learn(payload)
-        return not self.error and _TOKEN.search(payload) is not None
+        return self._take_payload(payload)
 
-    def _learn(self, payload: bytes) -> None:
+    def _take_payload(self, payload: bytes) -> bool:
+        if not _is_plain(payload) and not self._learn(payload):
+            return False
+        found = _TOKEN.search(payload)
+        if found is not None:
+            self.key = found.group()
+        return found is not None
+
+    def _learn(self, payload: bytes) -> bool:
+        """Decode an event; whether it may hold a token, too."""
         try:
             value = msgspec.json.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError):
@@ -218,6 +196,22 @@ class SseReader:
             self.usage = value["usage"]
         if isinstance(value.get("timeline"), dict):
             self.timeline = value["timeline"]
+        return not self.error and value.get("choices") != []
+
+
+def _is_plain(part: bytes) -> bool:
+    """Whether nothing in this part of an event has to be decoded."""
+    if b'"usage"' in part:
+        nulls = part.count(b'"usage":null') + part.count(b'"usage": null')
+        if part.count(b'"usage"') > nulls:
+            return False
+    return b'"error"' not in part and b'"timeline"' not in part
+
+
+@lru_cache(maxsize=64)  # The events of a server end in a few ways.
+def _is_plain_end(part: bytes) -> bool:
+    """The same of what follows the text up to the end of the event."""
+    return part.endswith(b"}") and _is_plain(part)
 
 
 def error_text(body: dict[str, Any]) -> str:
