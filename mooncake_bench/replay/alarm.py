@@ -71,8 +71,9 @@ class Alarm:
 
     def wake(self) -> None:
         """End the sleep under way, or keep the next one from beginning."""
-        self._is_woken = True
-        self._end_sleep(self._waiter)
+        if not self._is_woken:
+            self._is_woken = True
+            self._end_sleep(self._waiter)
 
     def _set(self, due: float, left_s: float) -> None:
         if self._descriptor < 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from mooncake_bench.replay.schedule import Plan
 from mooncake_bench.replay.tokenized import TokenizedWords
@@ -57,6 +58,8 @@ class RequestBuilder:
         self._plan = plan
         self._rest = 0
         """Tokens since the last rest."""
+        self._short: dict[int, list[int]] = {}
+        """Prompts of one block by row, made together: alone each costs as much as sending it."""
 
     def build(self, row: int) -> bytes:
         """The HTTP request of the row at this position of the plan."""
@@ -112,9 +115,32 @@ class RequestBuilder:
     def _token_prompt(self, row: int) -> bytes:
         pieces = [
             b",".join(map(_DIGITS.__getitem__, tokens))
-            for tokens in self._slices(row, prompt_token_ids)
+            for tokens in self._short_prompt(row) or self._slices(row, prompt_token_ids)
         ]
         return b"[" + b",".join(pieces) + b"]"
+
+    def _short_prompt(self, row: int) -> list[list[int]]:
+        """The only slice of a prompt of one block; [] of any other."""
+        length = int(self._plan.input_tokens[row])
+        if not 0 < length <= self._shape.block_tokens:
+            return []
+        if row not in self._short:
+            self._short = self._short_prompts(row, length)
+            time.sleep(0)
+        return [self._short.pop(row)] if row in self._short else []
+
+    def _short_prompts(self, row: int, length: int) -> dict[int, list[int]]:
+        """Those of this row and of the next ones, if they are no longer than `length`."""
+        lengths = self._plan.input_tokens[row : row + max(1, SLICE_TOKENS // length)]
+        rows = row + np.flatnonzero((lengths > 0) & (lengths <= length))
+        blocks = self._plan.hash_ids.gather(rows).to_list()
+        if any(len(ids) != 1 for ids in blocks):
+            return {}
+        # A block's tokens depend on its id alone, so these are one prompt of so many blocks.
+        first = [ids[0] for ids in blocks]
+        tokens = prompt_token_ids(self._shape.trace_key, first, len(rows) * length, length)
+        starts = zip(range(0, len(tokens), length), rows.tolist(), strict=True)
+        return {one: tokens[at : at + int(lengths[one - row])] for at, one in starts}
 
     def _text_prompt(self, row: int) -> bytes:
         if (words := self._shape.words) is not None:

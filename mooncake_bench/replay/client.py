@@ -211,8 +211,8 @@ class Engine:
                     await asyncio.sleep(0.0005)
                 self._send(row, request)
                 burst += 1
-                if burst % CATCH_UP_SENDS == 0 or releases.next_at > now():
-                    await asyncio.sleep(0)  # uvloop writes when its tasks pause: not later.
+                if burst % CATCH_UP_SENDS == 0:
+                    await asyncio.sleep(0)
         finally:
             self._alarm = None
             alarm.close()

@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
 
     def send(self, row: int, request: bytes) -> float:
         """Write the request; the time just before it."""
-        assert self.is_usable
+        assert self._reader is None
         assert self._transport is not None
         self.row = row
         self._reader, self._sse = ResponseReader(), SseReader(self._sse.key)

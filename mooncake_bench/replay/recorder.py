@@ -34,6 +34,7 @@ COLUMNS = (
     "attempts",  # sends; more than one where a rejected request was sent again
     "retry_after_s",  # what the last rejection asked for
 )
+_NUMBER = (int, float)
 ROW = np.dtype([(name, np.float64) for name in COLUMNS])
 """A record as it travels; seconds are from the run's start, NaN is null, integers are exact."""
 
@@ -180,7 +181,7 @@ class Recorder:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    return float(value) if isinstance(value, _NUMBER) else math.nan
 
 
 def _name(timeline: dict[str, Any], key: str) -> str | None:

@@ -70,7 +70,8 @@ class Releases:
         """When the next row goes out; NEVER while only an answer could tell."""
         if self._places is not None and not self._places:
             return NEVER
-        return min(self._next_planned(), self._ready[0][0] if self._ready else NEVER)
+        planned = self._next_planned()
+        return min(planned, self._ready[0][0]) if self._ready else planned
 
     def pop(self) -> tuple[int, float | None]:
         """The next row, and the moment of its release where an answer has set it."""

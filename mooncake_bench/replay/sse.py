@@ -109,6 +109,8 @@ class SseReader:
 
     def close(self) -> int:
         """The body has ended, perhaps without the last blank line; as `feed`."""
+        if not self._held and not self._held_return:
+            return 0
         rest, self._held = self._held, b""
         if self._held_return:
             self._held_return = False

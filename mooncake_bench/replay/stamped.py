@@ -67,7 +67,7 @@ class StampedTransport:
         self._socket: socket.socket | None = sock
         self._connection = connection
         self._clock = clock
-        self._unsent = memoryview(b"")
+        self._unsent: bytes | memoryview = b""
         ask_for_stamps(sock)
         self._loop.add_reader(sock.fileno(), self._read)
         connection.connection_made(self)
@@ -84,7 +84,7 @@ class StampedTransport:
     def write(self, data: bytes) -> None:
         """Hand the bytes to the kernel before returning, or as many as it takes."""
         assert not self._unsent  # A connection carries one request at a time.
-        self._write_some(memoryview(data))
+        self._write_some(data)
         if self._unsent and self._socket is not None:
             self._loop.add_writer(self._socket.fileno(), self._write_rest)
 
@@ -111,12 +111,13 @@ class StampedTransport:
         if not self._unsent and self._socket is not None:
             self._loop.remove_writer(self._socket.fileno())
 
-    def _write_some(self, data: memoryview) -> None:
+    def _write_some(self, data: bytes | memoryview) -> None:
         self._unsent = data
         if self._socket is None:
             return
         try:
-            self._unsent = data[self._socket.send(data) :]
+            sent = self._socket.send(data)
+            self._unsent = memoryview(data)[sent:] if sent < len(data) else b""
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
@@ -130,7 +131,7 @@ class StampedTransport:
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         self._socket = None
-        self._unsent = memoryview(b"")
+        self._unsent = b""
         self._loop.call_soon(self._connection.connection_lost, error)
 
 

@@ -48,6 +48,19 @@ def test_token_ids_are_those_of_the_whole_prompt(row):
     assert body["prompt"] == prompt_token_ids("key", IDS[row], tokens, BLOCK)
 
 
+@pytest.mark.parametrize("ids", [[[3], [9], [3], [1, 2], [4], [5]], [["a"], ["b"], ["c"]]])
+def test_short_prompts_made_together_are_those_made_alone(ids):
+    """Whatever the order in which they are asked for, and with a longer one between them."""
+    lengths = [600 if len(blocks) > 1 else 40 + 30 * n for n, blocks in enumerate(ids)]
+    count = len(ids)
+    zeros = np.zeros(count)
+    plan = Plan(np.arange(count), zeros, np.array(lengths), zeros + 1, pl.Series(ids))
+    builder = RequestBuilder(SHAPE, plan)
+    for row in [2, 0, 1, *range(3, count)]:
+        body = json.loads(builder.build(row).partition(b"\r\n\r\n")[2])
+        assert body["prompt"] == prompt_token_ids("key", ids[row], lengths[row], BLOCK)
+
+
 def test_the_settings_ask_for_exactly_the_output_of_the_trace():
     """max_tokens with ignore_eos, a stream with usage, the timeline of our own cluster."""
     head, body = body_of(SHAPE, 0)
