@@ -58,10 +58,12 @@ class SseReader:
         """How many token events the pieces of the body complete; raises SseError."""
         if len(pieces) < 4:
             return sum(map(self._take_piece, pieces))
-        # The second event is worth knowing: the first one often has a role beside its text.
-        tokens = self._take_piece(pieces[0]) + self._take_piece(pieces[1])
-        alike = self._count_alike(pieces)
-        return tokens + alike + sum(map(self._take_piece, pieces[2 + alike :]))
+        tokens, first = self._take_piece(pieces[0]), 1
+        if not self._before or not pieces[1].startswith(self._before):
+            # The first event had a role beside its text, say: the second one is worth knowing.
+            tokens, first = tokens + self._take_piece(pieces[1]), 2
+        alike = self._count_alike(pieces, first)
+        return tokens + alike + sum(map(self._take_piece, pieces[first + alike :]))
 
     def _take_piece(self, piece: bytes) -> int:
         """As `feed`: most pieces are an event each."""
@@ -70,8 +72,8 @@ class SseReader:
             return self._feed_any(piece)
         return self._take_event(piece[:-2])
 
-    def _count_alike(self, pieces: list[bytes]) -> int:
-        """How many pieces from the third on are whole events that differ in text only.
+    def _count_alike(self, pieces: list[bytes], first: int) -> int:
+        """How many pieces from the `first` on are whole events that differ in text only.
 
         They are what the known event is around its text, and their texts have no quote, backslash
         or line end in them: so they are tokens, and can hold nothing else.
@@ -80,12 +82,12 @@ class SseReader:
         if not before or self._held or self._held_return or self.is_done or self.error:
             return 0
         last = len(pieces)
-        while last > 2 and not (
+        while last > first and not (
             pieces[last - 1].endswith(after) and pieces[last - 1].startswith(before)
         ):
             last -= 1
         begin, end = len(before), -len(after)
-        alike = pieces[2:last]
+        alike = pieces[first:last]
         texts = [piece[begin:end] for piece in alike]
         together = b"".join(texts)
         is_alike = (
