@@ -261,11 +261,11 @@ def test_a_server_that_dies_ends_the_run_promptly():
 
     async def main():
         server = Server(good_stream)
-        plan = a_plan([0.0, 0.1, 0.6, 0.7, 600.0, 3600.0])
+        plan = a_plan([0.0, 0.1, 1.2, 1.3, 600.0, 3600.0])
 
         async def die() -> None:
             async with server.running():
-                await asyncio.sleep(0.4)
+                await asyncio.sleep(0.8)
             server.close_connections()
 
         life = asyncio.create_task(die(), name="server")
