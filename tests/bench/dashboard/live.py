@@ -48,7 +48,7 @@ def locust(directory: Path, url: str, live_s: float) -> subprocess.Popen[bytes]:
 
 
 def watched(directory: Path, url: str, live_s: float) -> list[tuple[float, int]]:
-    """(time of perf_counter, requests that the page says have ended), as often as it can be read."""
+    """(time of perf_counter, requests that have ended by the page), as often as it can be read."""
     said = []
     replaying = locust(directory, url, live_s)
     command = [sys.executable, "-m", "mooncake_bench.cli", "dashboard", "--port", "0"]
