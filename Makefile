@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check test-rdma test-torch gate gate-record virtual-time bench clean
+.PHONY: demo test check test-rdma test-mooncake test-torch gate gate-record virtual-time bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mooncake-bench demo --out build/demo
@@ -20,6 +20,14 @@ test: check gate
 # RDMA between processes, on this host's device or in a guest that has a soft one.
 test-rdma: $(VENV)/.tested
 	tests/rdma/run $(BIN)/python
+
+# Mooncake's own Transfer Engine moves the live cluster's KV, in an environment of its own: it needs
+# libraries of the system (libibverbs1, libnuma1).
+test-mooncake: pyproject.toml
+	test -x .venvs/mooncake/bin/python || $(PYTHON) -m venv .venvs/mooncake
+	.venvs/mooncake/bin/pip install --quiet --editable '.[dev,mooncake]'
+	.venvs/mooncake/bin/python -m pytest tests/reference_cluster/test_mooncake_engine.py \
+		tests/reference_cluster/test_mooncake_cluster.py tests/reference_cluster/test_byte_transports.py
 
 # The torch engine, in an environment of its own: torch alone takes more room than all the rest.
 TORCH ?= torch==2.13.0
