@@ -23,11 +23,14 @@ test-rdma: $(VENV)/.tested
 
 # Mooncake's own Transfer Engine moves the live cluster's KV, in an environment of its own: it needs
 # libraries of the system (libibverbs1, libnuma1).
-test-mooncake: pyproject.toml
+test-mooncake: .venvs/mooncake/.installed
+	.venvs/mooncake/bin/python -m pytest -k mooncake tests/reference_cluster/test_mooncake_engine.py \
+		tests/reference_cluster/test_mooncake_cluster.py tests/reference_cluster/test_byte_transports.py
+
+.venvs/mooncake/.installed: pyproject.toml
 	test -x .venvs/mooncake/bin/python || $(PYTHON) -m venv .venvs/mooncake
 	.venvs/mooncake/bin/pip install --quiet --editable '.[dev,mooncake]'
-	.venvs/mooncake/bin/python -m pytest tests/reference_cluster/test_mooncake_engine.py \
-		tests/reference_cluster/test_mooncake_cluster.py tests/reference_cluster/test_byte_transports.py
+	touch $@
 
 # The torch engine, in an environment of its own: torch alone takes more room than all the rest.
 TORCH ?= torch==2.13.0

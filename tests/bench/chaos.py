@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import signal
 import sys
@@ -35,7 +36,6 @@ from reference_cluster.cost_model import DecodeCost, PrefillCost, Profile
 from tests.bench.live_cluster import (
     REPO,
     LiveCluster,
-    kill,
     replaying,
     serving,
     start_of,
@@ -176,7 +176,7 @@ class Striker(threading.Thread):
     def strike(self, fault: Fault) -> None:
         row = self.look()[fault.name]
         at_s = time.monotonic()
-        kill(row["pid"], NUMBERS[fault.kind])
+        os.kill(row["pid"], NUMBERS[fault.kind])
         back = waited(lambda: self.is_back(fault.name, row["pid"]) or None, EVERY_S - 3.0)
         self.struck.append(Struck(fault, at_s, time.monotonic() - at_s if back else None))
 

@@ -7,7 +7,6 @@ be gone after it: processes, shared memory, directories.
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 
 import httpx
 
-from mooncake_bench.records import Run, read_run
+from mooncake_bench.records import Run
 from reference_cluster.transports.bytes import SHARED_MEMORY
 
 REPO = Path(__file__).resolve().parents[2]
@@ -164,14 +163,6 @@ def start_of(run: Run) -> float:
     return float(run.info.client["start_perf_counter_s"])
 
 
-def read(out: Path) -> Run:
-    return read_run(out)
-
-
 def write_trace(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def kill(pid: int, number: int) -> None:
-    os.kill(pid, number)

@@ -6,10 +6,12 @@ Each of these takes seconds and ends with all books balanced and nothing left be
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 
 from tests.bench.chaos import CONFIG, NAMES, PROFILE, strike_through, trace_rows
 from tests.bench.cluster_bytes import carried, wrong
-from tests.bench.live_cluster import LiveCluster, kill, serving, write_trace
+from tests.bench.live_cluster import LiveCluster, serving, write_trace
 from tests.faults import schedule
 from tests.reference_cluster.live import live, wait_until
 from tests.reference_cluster.small import a_config, write_profile
@@ -66,30 +68,65 @@ async def many(url: str, count: int, every_s: float) -> Counter[str]:
         return Counter(await asyncio.gather(*tasks))
 
 
-def kill_soon(cluster: LiveCluster) -> None:
-    time.sleep(1.0)
-    kill(cluster.conductor_pid, signal.SIGKILL)
+def ends_of(cluster: LiveCluster, strike: Callable[[], object]) -> Counter[str]:
+    """How 80 requests in 4 s end for their clients, where `strike` is called after the first."""
+
+    async def main() -> Counter[str]:
+        async def striking() -> None:
+            await asyncio.sleep(1.0)
+            await asyncio.to_thread(strike)
+
+        ends, _ = await asyncio.gather(many(cluster.url, 80, 0.05), striking())
+        return ends
+
+    return asyncio.run(main())
 
 
-def test_a_conductor_that_is_killed_takes_only_its_connections_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("also", [(), ("decode-0", "prefill-1")])
+def test_a_conductor_that_is_killed_takes_only_its_connections_along(
+    tmp_path: Path, also: tuple[str, ...]
+) -> None:
     """Whoever is connected sees the connection end; later requests wait for the next Conductor.
-    The workers are the same, and hold nothing for requests that nobody waits for."""
+    The workers are the same, but for those killed with it, and hold nothing for requests
+    that nobody waits for."""
     profile = write_profile(tmp_path / "chaos.toml", PROFILE)
     leftovers: list[str] = []
     with serving(CONFIG.format(profile=profile), tmp_path, leftovers) as cluster:
         before = {name: row["pid"] for name, row in cluster.workers().items()}
+        victims = [cluster.conductor_pid, *(before[name] for name in also)]
 
-        async def main() -> Counter[str]:
-            killing = asyncio.to_thread(kill_soon, cluster)
-            ends, _ = await asyncio.gather(many(cluster.url, 80, 0.05), killing)
-            return ends
+        def strike() -> None:
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
 
-        ends = asyncio.run(main())
+        ends = ends_of(cluster, strike)
         assert ends["whole"] >= 40
         broken = {"RemoteProtocolError", "ReadError", "ConnectError"}
         assert ends.keys() - broken == {"whole"}, ends
         assert cluster.settled() == []
-        assert {name: row["pid"] for name, row in cluster.workers().items()} == before
+        after = {name: row["pid"] for name, row in cluster.workers().items()}
+        assert {name for name in NAMES if after[name] != before[name]} == {*also}
+    assert leftovers == []
+
+
+@pytest.mark.parametrize("name", ["prefill-0", "decode-1"])
+def test_a_worker_that_pauses_is_waited_for(tmp_path: Path, name: str) -> None:
+    """0.7 s without a sign of life, of the five after which it would be dead: nobody new is sent
+    there meanwhile, and whoever is there waits and is served."""
+    profile = write_profile(tmp_path / "chaos.toml", PROFILE)
+    leftovers: list[str] = []
+    config = CONFIG.format(profile=profile).replace("dead_after_s = 1.0", "dead_after_s = 5.0")
+    with serving(config, tmp_path, leftovers) as cluster:
+        pid = cluster.workers()[name]["pid"]
+
+        def strike() -> None:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.7)
+            os.kill(pid, signal.SIGCONT)
+
+        assert ends_of(cluster, strike) == {"whole": 80}
+        assert cluster.settled() == []
+        assert cluster.workers()[name]["starts"] == 1
     assert leftovers == []
 
 
