@@ -20,7 +20,7 @@ from mooncake_bench.replay.schedule import Plan
 from mooncake_bench.replay.tokenized import TokenizedWords
 from workloads.prompts import FIRST_TOKEN, VOCABULARY, prompt_text, prompt_token_ids
 
-AHEAD_BYTES, CLOSED_AHEAD_BYTES = 3 << 20, 64 << 20
+AHEAD_BYTES, CLOSED_AHEAD_BYTES = 3 << 20, 128 << 20
 """How far ahead is enough: an open loop knows its pace; a closed one may outrun the builder."""
 SLICE_TOKENS = 4096
 _DIGITS = [b"%d" % token for token in range(FIRST_TOKEN + VOCABULARY)]
