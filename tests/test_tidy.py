@@ -104,7 +104,7 @@ HOMES = {
     "dash": ("dashboards/app",),
     "locust": ("mooncake_bench/replay/users.py", "mooncake_bench/replay/locustfile.py"),
     "gevent": ("mooncake_bench/replay/users.py", "mooncake_bench/replay/locustfile.py"),
-    "torch": ("reference_cluster/engines/torch",),
+    "torch": ("reference_cluster/engines/torch", "reference_cluster/engines/vllm"),
     "vllm": ("reference_cluster/engines/vllm",),
     "pyverbs": ("reference_cluster/transports/rdma/verbs.py",),
     "mooncake": ("reference_cluster/transports/mooncake.py",),
