@@ -49,6 +49,7 @@ class Tracked:
     first: int = 0  # Blocks that the engine has itself,
     here: int = 0  # and up to which ours has the next.
     saved: int = 0
+    is_barred: bool = False  # A block of it was lost: it computes what it lacks, and asks no more.
 
 
 class Planner:
@@ -83,7 +84,7 @@ class Planner:
         May be asked again of a request that did not fit, or was preempted; nothing is promised yet.
         """
         one = self.tracked(request)
-        if not self.loads:
+        if not self.loads or one.is_barred:
             return 0
         first = local_tokens // self.block_tokens
         # One token must be left to compute: there is no answer without it.
@@ -154,9 +155,11 @@ class Planner:
             for key in keys:
                 self.index.filling.pop(key, None)
             self.index.release(keys)
-            for block_id, _, key in load.blocks:
-                if block_id in gone:
-                    self.index.drop(key)
+            missing = [key for block_id, _, key in load.blocks if block_id in gone]
+            for key in missing:
+                self.index.drop(key)
+            if missing and request_id in self.requests:
+                self.requests[request_id].is_barred = True
 
     def finished(self, request: EngineRequest) -> dict[str, Any] | None:
         """The request has ended, or was aborted; where its prompt's blocks lie, for others."""

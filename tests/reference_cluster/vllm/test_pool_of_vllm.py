@@ -102,12 +102,13 @@ def test_after_a_preemption_the_blocks_are_loaded_into_the_new_table():
 
 
 def test_a_lost_block_is_forgotten():
-    """Engine block 71 never came: its key goes, the one before it stays."""
+    """Engine block 71 never came: its key goes, what lies before it stays; nobody asks again."""
     planner = a_planner()
     request = Request("a", list(range(9)), kv_transfer_params=an_offer(5, 6))
     planner.allocated(request, [70, 71, 72], planner.external_tokens(request, 0) or 0)
     planner.loaded(["a"], [71])
     assert list(planner.index.slots) == [prefix_hashes(range(4), BLOCK)[0]]
+    assert planner.external_tokens(request, 4) == 0
     planner.index.check_integrity()
 
 

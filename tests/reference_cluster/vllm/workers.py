@@ -23,14 +23,14 @@ PAYLOAD_BYTES = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 * BLOCK
 START_S = 300  # Two at a time on a busy machine.
 
 
-def save_tiny_model(directory: Path) -> Path:
+def save_tiny_model(directory: Path, vocabulary: int = 4096) -> Path:
     """A Llama of seeded random weights, large enough for KV to matter to its tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=4096,
+        vocab_size=vocabulary,
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=688,
         num_hidden_layers=LAYERS,
