@@ -190,13 +190,23 @@ def test_tokens_are_the_same_under_preemption(pair, single):
 
 
 def test_a_client_that_hangs_up_leaves_nothing_behind(pair):
-    """At the prefill worker in the middle of a prompt, at the decode worker of an answer."""
-    prompt = a_prompt(300, 8000)
-    for worker, tokens in ((pair.prefill, 1), (pair.decode, 400)):
-        body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
-        with pytest.raises(httpx.ReadTimeout):
-            worker.http.post("/v1/completions", json=body, timeout=0.3)
-        assert comes_to_rest(worker)
+    """In the middle of a prompt at the prefill worker, of an answer at the decode worker."""
+    prompt, produced = a_prompt(300, 8000), "vllm:generation_tokens_total"
+    before = pair.prefill.count(produced)
+    body = {"prompt": prompt, "max_tokens": 1}
+    with pytest.raises(httpx.ReadTimeout):
+        pair.prefill.http.post("/v1/completions", json=body, timeout=0.2)
+    assert comes_to_rest(pair.prefill)
+    assert pair.prefill.count(produced) == before
+
+    transfer = pair.prefill.prefill(prompt)
+    before = pair.decode.count(produced)
+    body = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    body["kv_transfer_params"] = transfer
+    with pair.decode.http.stream("POST", "/v1/completions", json=body) as answer:
+        assert "token_ids" in next(answer.iter_lines())
+    assert comes_to_rest(pair.decode)
+    assert 0 < pair.decode.count(produced) - before < 400
 
 
 def test_a_killed_prefill_worker_costs_a_prefill(pair, single):
