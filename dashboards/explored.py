@@ -16,7 +16,7 @@ from mooncake_bench.slo import Slo, seconds
 
 # Light is little and dark is much, on both papers; made for colour-blind eyes.
 SHADES = "Cividis"
-FRAMED_MAX = 200
+FRAMED_MAX = 40
 SOURCE_NAMES = {
     "own": "reused, of the same instance",
     "fetched": "reused, fetched from another",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from mooncake_bench import metrics
@@ -62,11 +63,22 @@ def attainment_surface(
 def cumulative(frame: pl.DataFrame, column: str) -> pl.DataFrame:
     """`metrics.cumulative_shares` with, at each point, a request that has that value."""
     curve = metrics.cumulative_shares(frame, column)
-    finished = frame.filter((pl.col("status") == "finished") & pl.col(column).is_not_null())
-    values = finished[column].to_numpy()
-    order = np.argsort(values, kind="stable")
-    at = np.searchsorted(values, curve["value_s"].to_numpy(), sorter=order)
-    return curve.with_columns(finished["request"].gather(order[at]).alias("request"))
+    at = _rows_of(frame, column)
+    values, points = frame[column].to_numpy()[at], curve["value_s"].to_numpy()
+    # Looking each value up among the few points is cheaper than sorting a million values again.
+    nearest = np.minimum(np.searchsorted(points, values), max(points.size - 1, 0))
+    is_point = points[nearest] == values if points.size else np.zeros(0, dtype=bool)
+    requests = np.zeros(points.size, dtype=np.int64)
+    requests[nearest[is_point]] = frame["request"].to_numpy()[at[is_point]]
+    # Of equal values all points get the first one's.
+    first = np.searchsorted(points, points)
+    return curve.with_columns(pl.Series("request", requests[first], dtype=pl.Int64))
+
+
+def _rows_of(frame: pl.DataFrame, column: str) -> npt.NDArray[np.int64]:
+    """Positions of the finished requests that have a value."""
+    has = (pl.col("status") == "finished") & pl.col(column).is_not_null()
+    return np.flatnonzero(frame.select(has).to_series().to_numpy())
 
 
 def quantiles_over_time(frame: pl.DataFrame, column: str, bins: int = 60) -> pl.DataFrame:
@@ -95,14 +107,13 @@ def points(frame: pl.DataFrame, column: str, most: int = 2500) -> pl.DataFrame:
     Of more than `most` those with the largest values are all there (a tenth), and the rest is an
     even sample by row.
     """
-    known = frame.filter((pl.col("status") == "finished") & pl.col(column).is_not_null())
-    known = known.select("request", "arrival_s", "input_tokens", "reused_tokens", column)
-    if known.height <= most:
-        return known
-    values = known[column].to_numpy()
-    worst = np.argpartition(values, -most // 10)[-most // 10 :]
-    even = np.linspace(0, known.height - 1, most - worst.size).astype(np.int64)
-    return known[np.union1d(worst, even)]
+    at = _rows_of(frame, column)
+    if at.size > most:
+        values = frame[column].to_numpy()[at]
+        worst = np.argpartition(values, -most // 10)[-most // 10 :]
+        even = np.linspace(0, at.size - 1, most - worst.size).astype(np.int64)
+        at = at[np.union1d(worst, even)]
+    return frame.select("request", "arrival_s", "input_tokens", "reused_tokens", column)[at]
 
 
 def stage_table(frame: pl.DataFrame) -> pl.DataFrame:
@@ -116,17 +127,17 @@ def stage_table(frame: pl.DataFrame) -> pl.DataFrame:
 
 def slowest(frame: pl.DataFrame, column: str, most: int = 12) -> pl.DataFrame:
     """The rows with the largest `column`, largest first."""
-    return frame.filter(pl.col(column).is_not_null()).top_k(most, by=column)
+    rows = frame.select(column).with_row_index().drop_nulls().top_k(most, by=column)
+    return frame[rows["index"].to_list()]
 
 
 def load_map(
-    samples: pl.DataFrame, frame: pl.DataFrame, column: str = "load", bins: int = 90
+    samples: pl.DataFrame, worst: pl.DataFrame, column: str = "load", bins: int = 90
 ) -> pl.DataFrame:
     """Mean of a column of the samples by instance and time bin.
 
     Columns: role, instance, time_s, value, request. A bin without a sample has no row: nothing is
-    known of the instance there. `request` is the one with the worst TTFT of those that began their
-    prefill there in that bin, or with the worst TBT of those that began to decode.
+    known of the instance there. `request` is that of `worst_requests` with the same bins.
     """
     known = samples.filter(pl.col(column).is_not_null())
     if known.schema[column].is_float():
@@ -137,14 +148,19 @@ def load_map(
         .group_by("role", "instance", "bin")
         .agg(pl.col(column).cast(pl.Float64).mean().alias("value"))
         .with_columns(_number_of("instance"))
-        .join(_worst_at(frame, width, bins), on=["instance", "bin"], how="left")
+        .join(worst, on=["instance", "bin"], how="left")
         .sort("role", "number", "instance", "bin")
         .select("role", "instance", _middle(width), "value", "request")
     )
 
 
-def _worst_at(frame: pl.DataFrame, width: float, bins: int) -> pl.DataFrame:
-    """instance, bin, request."""
+def worst_requests(samples: pl.DataFrame, frame: pl.DataFrame, bins: int = 90) -> pl.DataFrame:
+    """Of every instance and time bin of the samples one request: instance, bin, request.
+
+    The one with the worst TTFT of those that began their prefill there in that bin, or, where none
+    did, with the worst TBT of those that began to decode.
+    """
+    width = _width(samples["time_s"], bins)
     parts = [
         frame.filter(pl.col(place).is_not_null() & pl.col(at).is_not_null())
         .group_by(pl.col(place).alias("instance"), _bin(at, width, bins))

@@ -35,7 +35,7 @@ if sys.platform != "win32":
     import fcntl
 
 DIRECTORY = "segments"
-EVERY_S = 0.5
+EVERY_S = 0.3
 """At most so often is a segment written."""
 
 _SCHEMAS: dict[str, dict[str, pl.DataType]] = {

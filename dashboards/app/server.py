@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import io
 import logging
+import threading
 import traceback
 from collections.abc import Sequence
 from importlib import resources
@@ -38,7 +39,7 @@ PAGES = {
 }
 TITLES = {name: title for name, (title, _) in PAGES.items()}
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LIVE_EVERY_MS, IDLE_EVERY_MS = 750, 4000
+LIVE_EVERY_MS, IDLE_EVERY_MS = 500, 2500
 COOKIE = "mooncake_bench_token"
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ log = logging.getLogger(__name__)
 def build(roots: Sequence[Path], token: str = "") -> dash.Dash:
     """The app over the runs below `roots`; with a token it answers nobody who does not have it."""
     store = Store(roots)
+    # A large run is read while the browser still loads the page's script.
+    first = threading.Thread(target=View.of, args=(store, Looked()), name="first-runs", daemon=True)
+    first.start()
     server = flask.Flask(__name__)
     _guard(server, token)
     app = dash.Dash(

@@ -71,11 +71,15 @@ def _links(view: View, side: Side) -> Panel:
 def _of_samples(
     view: View, side: Side, question: Callable[..., pl.DataFrame], *rest: Any
 ) -> pl.DataFrame:
-    """A frame made of the samples (and of the requests, where the question takes them)."""
-    run = side.shown.run
+    """A frame made of the samples, and of the worst requests where the question takes them."""
+    run, store = side.shown.run, view.store
+    first: tuple[pl.DataFrame, ...] = (run.samples,)
+    if question is explore.load_map:
+        name: tuple[Any, ...] = (side.key, run.version, "worst_requests")
+        worst = store.remember(name, lambda: explore.worst_requests(run.samples, run.frame))
+        first = (run.samples, worst)
     name = (side.key, run.version, question.__name__, *rest)
-    first = (run.samples, run.frame) if question is explore.load_map else (run.samples,)
-    return view.store.remember(name, lambda: question(*first, *rest))
+    return store.remember(name, lambda: question(*first, *rest))
 
 
 def _roles(view: View) -> list[Part]:
