@@ -44,6 +44,21 @@ class Watched:
         self.page.wait_for_selector("#controls .control")
         return self.page
 
+    def shows(self, cell: str, value: float) -> None:
+        """Wait until the page says so: a crowded machine takes its time."""
+        self.page.wait_for_function(
+            '([cell, value]) => Math.abs(document.querySelector(`[data-cell="${cell}"]`)'
+            "?.dataset.value - value) < 1e-12",
+            arg=[cell, value],
+        )
+
+    def drawn(self) -> None:
+        """Wait until every figure of the page has its drawing."""
+        self.page.wait_for_function(
+            "document.querySelectorAll('[data-figure]').length == "
+            "document.querySelectorAll('.js-plotly-plot .main-svg:first-child').length"
+        )
+
     def number(self, cell: str) -> float:
         found = self.page.wait_for_selector(f'[data-cell="{cell}"]')
         return float(found.get_attribute("data-value"))
@@ -68,8 +83,9 @@ def watch(chromium: Any, runs: Path, serving: Callable[..., str]) -> Any:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_page_is_drawn(watch: Any, name: str, width: int, scheme: str) -> None:
     """Figures have a size and stay on the page; nothing scrolls sideways; nothing is fetched."""
-    page = watch(width=width, scheme=scheme).open(f"/{name}")
-    page.wait_for_timeout(600)
+    seen = watch(width=width, scheme=scheme)
+    page = seen.open(f"/{name}")
+    seen.drawn()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     plots = page.locator(".js-plotly-plot")
     assert plots.count() > 0 or name == "plan"
@@ -105,13 +121,13 @@ def test_moving_the_sliders_changes_the_numbers_to_what_metrics_computes(
         page.keyboard.press("ArrowLeft")
     page.locator("#controls").get_by_text("longest gap", exact=True).click()
     page.wait_for_function("location.search.includes('stat=tbt_s_max')")
-    page.wait_for_timeout(1500)
+    page.wait_for_function("new URLSearchParams(location.search).has('tbt')")
     query = parse_qs(urlparse(page.url).query)
     slo = Slo(float(query["ttft"][0]), float(query["tbt"][0]) / 1e3)
     assert slo.ttft_s < 30.0
     assert slo.tbt_s < 0.1
     for name in ("live-d", "live-c"):
-        assert seen.number(f"card:{name}") == expected(runs / name, slo, "tbt_s_max")
+        seen.shows(f"card:{name}", expected(runs / name, slo, "tbt_s_max"))
     assert seen.number("card:live-d") != before
 
 
@@ -165,10 +181,9 @@ def test_a_click_into_the_surface_chooses_the_bounds(watch: Any, runs: Path) -> 
     page.wait_for_timeout(200)
     page.mouse.click(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.7)
     page.wait_for_function("new URLSearchParams(location.search).has('ttft')")
-    page.wait_for_timeout(1500)
     query = parse_qs(urlparse(page.url).query)
     slo = Slo(float(query["ttft"][0]), float(query["tbt"][0]) / 1e3)
-    assert seen.number("card:live-c") == pytest.approx(expected(runs / "live-c", slo))
+    seen.shows("card:live-c", expected(runs / "live-c", slo))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "SVG", "HTML", "CSV", "Parquet"])
