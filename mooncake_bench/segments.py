@@ -2,8 +2,9 @@
 
 Beside the files of a run directory, which come at its end, a writer keeps `segments/`: run.json as
 far as it is known, and numbered Arrow IPC files with the requests that ended since the last one,
-their spans, and the samples. Each file is complete before it takes its name, and none is written
-twice. The writer holds a lock that the system lets go of whatever ends the process.
+their spans, and the samples. A replay writes what its recorder has, as it is, for a load generator
+has no time to make frames: the reader does. Each file is complete before it takes its name, and
+none is written twice. The writer holds a lock that the system lets go of whatever ends the process.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if sys.platform != "win32":
     import fcntl
 
 DIRECTORY = "segments"
+RAW = ".msgpack"
 EVERY_S = 0.3
 """At most so often is a segment written."""
 
@@ -82,6 +84,12 @@ class SegmentWriter:
             conform(frame, name).write_ipc(partial, compression="zstd")
             partial.replace(path)
 
+    def append_raw(self, records: bytes) -> None:
+        """Add what `replay.live_run.frames` can read."""
+        self._number += 1
+        self._last_s = time.monotonic()
+        _complete(self.directory / f"records-{self._number:07d}{RAW}", records)
+
     def close(self, *, keep: bool = False) -> None:
         """Let go; the segments go too, now that the run's own files are there."""
         if self._lock is not None:
@@ -109,11 +117,14 @@ class Tail:
 
     def refresh(self) -> bool:
         """Read new segments; says whether there were any. Raises RecordsError."""
-        names = sorted(p.name for p in (self.directory / DIRECTORY).glob("*.arrow"))
+        paths = (self.directory / DIRECTORY).iterdir()
+        names = sorted(p.name for p in paths if p.suffix in (".arrow", RAW))
         new = [name for name in names if name not in self.seen]
         if not new:
             return False
         read = {kind: self._read(new, kind) for kind in _SCHEMAS}
+        if raw := [name for name in new if name.endswith(RAW)]:
+            read["requests"], read["spans"] = self._frames(raw)
         times = metrics.per_request(read["requests"], read["spans"])
         self.frame = pl.concat([self.frame, times], rechunk=len(self.seen) % 64 == 0)
         self.samples = pl.concat([self.samples, read["samples"]])
@@ -122,11 +133,23 @@ class Tail:
 
     def spans(self, request: int) -> pl.DataFrame:
         """One request's spans."""
+        if raw := sorted(name for name in self.seen if name.endswith(RAW)):
+            return self._frames(raw)[1].filter(pl.col("request") == request)
         paths = sorted((self.directory / DIRECTORY).glob("spans-*.arrow"))
         if not paths:
             return pl.DataFrame(schema=SPANS)
         scans = pl.scan_ipc(paths).filter(pl.col("request") == request)
         return scans.collect().sort("start_s", maintain_order=True)
+
+    def _frames(self, names: list[str]) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Requests and spans of a replay's records."""
+        from mooncake_bench.replay.live_run import frames  # It writes segments, and knows them.
+
+        paths = [self.directory / DIRECTORY / name for name in names]
+        try:
+            return frames(self.directory / DIRECTORY, [path.read_bytes() for path in paths])
+        except (OSError, msgspec.MsgspecError, pl.exceptions.PolarsError) as error:
+            raise RecordsError(f"{paths[0]}: cannot be read ({_first_line(error)})") from error
 
     def _read(self, names: list[str], kind: str) -> pl.DataFrame:
         paths = [self.directory / DIRECTORY / n for n in names if n.startswith(f"{kind}-")]

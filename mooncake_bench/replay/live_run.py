@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mooncake_bench.records import RunInfo
+import msgspec
+import polars as pl
+
+from mooncake_bench.records import RecordsError, RunInfo
 from mooncake_bench.replay.assemble import build_frames
 from mooncake_bench.replay.client import Progress
 from mooncake_bench.replay.recorder import Batch
 from mooncake_bench.replay.schedule import Plan
 from mooncake_bench.segments import SegmentWriter
+
+PLAN = "plan.ipc"
+PLANNED = ("request", "due_s", "input_tokens", "output_tokens")
 
 
 class Monitor(Protocol):
@@ -30,7 +37,7 @@ class LiveRun:
         self, directory: Path, info: RunInfo, whole: Plan, behind: Monitor | None = None
     ) -> None:
         self._writer = SegmentWriter(directory, info, len(whole))
-        self._whole = whole
+        write_plan(whole, self._writer.directory)
         self._behind = behind
         self._fresh: list[Batch] = []
 
@@ -43,10 +50,36 @@ class LiveRun:
         if batch is not None:
             self._fresh.append(batch)
         if self._fresh and self._writer.is_due:
-            requests, spans = build_frames(self._whole, self._fresh)
+            self._writer.append_raw(msgspec.msgpack.encode(self._fresh))
             self._fresh = []
-            self._writer.append(requests=requests, spans=spans)
 
     def close(self, *, keep: bool = False) -> None:
         """The run has ended; without `keep` its own files are there, and the segments go."""
         self._writer.close(keep=keep)
+
+
+def write_plan(whole: Plan, directory: Path) -> None:
+    """What the records do not say themselves; raises RecordsError."""
+    columns = {name: getattr(whole, name) for name in PLANNED}
+    if whole.classes is not None:
+        columns["classes"] = whole.classes
+    try:
+        pl.DataFrame(columns).write_ipc(directory / PLAN)
+    except OSError as error:
+        raise RecordsError(f"{directory}: cannot write the run ({error.strerror})") from error
+
+
+def frames(directory: Path, segments: Sequence[bytes]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Requests and spans of the records in segments; raises OSError, msgspec's or polars'."""
+    columns = pl.read_ipc(directory / PLAN)
+    request, due_s, input_tokens, output_tokens = (columns[name].to_numpy() for name in PLANNED)
+    whole = Plan(
+        request,
+        due_s,
+        input_tokens,
+        output_tokens,
+        hash_ids=pl.Series([], dtype=pl.Null),
+        classes=columns["classes"] if "classes" in columns.columns else None,
+    )
+    batches = [one for raw in segments for one in msgspec.msgpack.decode(raw, type=list[Batch])]
+    return build_frames(whole, batches)

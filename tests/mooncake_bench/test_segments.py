@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from polars.testing import assert_frame_equal
 from mooncake_bench import metrics, simulation
 from mooncake_bench.opened import COMPLETE, INCOMPLETE, RUNNING, open_run
 from mooncake_bench.records import Run, write_run
+from mooncake_bench.replay.assemble import build_frames
+from mooncake_bench.replay.live_run import LiveRun
+from mooncake_bench.replay.recorder import FINISHED, Recorder, Verdict
+from mooncake_bench.replay.schedule import plan
 from mooncake_bench.segments import SegmentWriter
 from mooncake_bench.simulation import simulate_trace
 from reference_cluster.config import load_config
@@ -64,6 +69,29 @@ def test_an_earlier_run_in_the_directory_makes_way(a_run: ARun) -> None:
     assert open_run(old.directory).info.name == "new"
     writer.close()
     assert open_run(old.directory).info.name == old.info.name
+
+
+def test_a_replay_writes_its_records_as_they_are(a_run: ARun, tmp_path: Path) -> None:
+    """The reader makes of them the frames that the replay makes at its end."""
+    frame = open_trace("poisson-16k:rate_rps=5,duration_s=20").frame
+    whole = plan(frame, 1.0)
+    recorder = Recorder(whole.request, whole.due_s)
+    live = LiveRun(tmp_path / "live", a_run("any", requests=1).info, whole)
+    batches = []
+    for row in range(len(whole)):
+        due_s = float(whole.due_s[row])
+        recorder.sent(row, due_s)
+        times = array("d", [due_s + 0.1, due_s + 0.15, due_s + 0.3])
+        recorder.settle(Verdict(row, FINISHED, due_s + 0.3, times=times))
+        if row % 10 == 9:
+            batches.append(recorder.drain())
+            live._writer._last_s = 0.0
+            live.add(batches[-1])
+    run = open_run(tmp_path / "live")
+    requests, spans = build_frames(whole, batches)
+    assert_frame_equal(run.frame, metrics.per_request(requests, spans))
+    assert_frame_equal(run.spans(3), spans.filter(request=3))
+    live.close(keep=True)
 
 
 def test_a_cut_segment_costs_that_segment_alone(a_run: ARun, tmp_path: Path) -> None:
