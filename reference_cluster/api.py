@@ -27,6 +27,7 @@ from reference_cluster.live_metrics import LiveMetrics
 from reference_cluster.openai_protocol import (
     Answer,
     BadRequestError,
+    Cut,
     asked_tokens,
     error_body,
     parse_body,
@@ -206,6 +207,7 @@ class Front:
             Timeline(received_s),
             sink=listener,
             prompt=self.speech.prompt(tokens),
+            sampling=self.speech.sampling(body),
             tenant=body.cache_salt or None,
         )
         if self.publisher is not None:
@@ -239,23 +241,23 @@ class Front:
         async def events() -> AsyncIterator[bytes]:
             try:
                 yield answer.first_events()
-                left = request.output_tokens
+                sent, cut = 0, Cut(request.sampling.stop)
                 while True:
                     unsent = await listener.wait()
-                    # The last token comes with the finish reason, when its request has ended.
-                    ready = unsent - int(left == unsent)
-                    sent = request.output_tokens - left
-                    left -= unsent
+                    # The last token comes with the finish reason: with it its request has ended.
+                    ready = unsent - int(request.status == "finished")
                     if ready:
-                        yield answer.token_events(self.speech.texts(request.output, sent, ready))
+                        texts = self.speech.texts(request.output, sent, ready)
+                        yield answer.token_events(cut.all(texts))
+                    sent += ready
                     if listener.has_ended:
                         break
                 if request.status == "failed":
                     # No [DONE]: a stream that breaks must not look like one that ended.
                     yield b"data: " + failure(request) + b"\n\n"
                 else:
-                    texts = self.speech.texts(request.output, request.output_tokens - 1, 1)
-                    yield answer.last_events(request, texts[0])
+                    texts = self.speech.texts(request.output, sent, 1)
+                    yield answer.last_events(request, cut.take(texts[0], is_last=True))
             finally:
                 self.cluster.cancel(request)
 
@@ -271,6 +273,7 @@ class Front:
         if request.status in ("rejected", "failed"):
             return self.refusal(request)
         text = "".join(self.speech.texts(request.output, 0, request.produced_tokens))
+        text = Cut(request.sampling.stop).take(text, is_last=True)
         return Response(answer.whole(request, text), media_type=JSON)
 
     async def wait_or_hang_up(

@@ -243,7 +243,7 @@ class ColocatedInstance(ColocatedLoad):
             request.produced_tokens = 1
             if request.sink is not None:
                 request.sink.tokens(1)
-            if request.output_tokens == 1:
+            if request.output_tokens == 1 or request.has_stopped:
                 self.finish(request, end_s)
             else:
                 self.batch.join(request, end_s)

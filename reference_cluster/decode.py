@@ -104,6 +104,10 @@ class DecodeInstance(DecodeLoad):
         request.produced_tokens = 1
         if request.sink is not None:
             request.sink.tokens(1)
+        if request.has_stopped:  # What was to come has no place in the batch.
+            self.forget(request)
+            self.finish(request, now_s)
+            return
         self.waiting.append(request)
         self.changed.set()
 
@@ -134,11 +138,13 @@ class DecodeInstance(DecodeLoad):
             free_s = span.end_s
             self.load_changed()
             for request in self.batch.apply(span):
-                if request.is_cancelled:
-                    continue
-                request.status = "finished"
-                request.timeline.finished_s = span.end_s
-                self.on_end(request)
+                if not request.is_cancelled:
+                    self.finish(request, span.end_s)
+
+    def finish(self, request: Request, end_s: float) -> None:
+        request.status = "finished"
+        request.timeline.finished_s = end_s
+        self.on_end(request)
 
     def admit_waiting(self, start_s: float) -> None:
         """First come, first served, while batch and memory have room."""

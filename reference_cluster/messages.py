@@ -12,10 +12,10 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from reference_cluster.policies.scheduling import Placement
-from reference_cluster.request import Request, Sink, Timeline
+from reference_cluster.request import GREEDY, Request, Sampling, Sink, Timeline
 from reference_cluster.transports.bytes import Endpoint, Range
 
-VERSION = 3  # Of this file: whoever says hello with another one is turned away.
+VERSION = 4  # Of this file: whoever says hello with another one is turned away.
 
 
 class Message(msgspec.Struct, tag=True, array_like=True):
@@ -35,10 +35,17 @@ class Stamps(msgspec.Struct, array_like=True):
     prefilled_tokens: int = 0
     prefill_busy_s: float = 0.0
     output: list[int] = []  # Its tokens, where they are real.
+    has_stopped: bool = False  # They end by themselves.
 
 
 TIMES = ("fetched_s", "prefill_start_s", "prefill_end_s", "transferred_s", "first_token_s")
-COUNTS = ("reused_tokens", "fetched_tokens", "prefilled_tokens", "prefill_busy_s")
+OTHERS = (
+    "reused_tokens",
+    "fetched_tokens",
+    "prefilled_tokens",
+    "prefill_busy_s",
+    "has_stopped",
+)
 
 
 # ---- a worker to the Conductor ---------------------------------------------------------------
@@ -114,6 +121,7 @@ class Spanned(Message):
     end_s: float
     running_blocks: int = 0
     tokens: list[tuple[int, int]] = []  # (request, its token), where they are real.
+    stopped: list[int] = []  # As a span's.
 
 
 class Left(Message):
@@ -182,6 +190,8 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
     decode: str
     prompt: Sequence[int] = ()  # Where tokens are real, for whoever computes them.
     tenant: str | None = None
+    said: Sequence[int] = ()
+    sampling: Sampling = GREEDY
 
 
 class Serve(Message):
@@ -310,7 +320,7 @@ def stamps_of(request: Request) -> Stamps:
     """What is known of a request here, for another process."""
     return Stamps(
         **{name: getattr(request.timeline, name) for name in TIMES},
-        **{name: getattr(request, name) for name in COUNTS},
+        **{name: getattr(request, name) for name in OTHERS},
         output=request.output,
     )
 
@@ -321,7 +331,7 @@ def stamp(request: Request, stamps: Stamps) -> None:
         at_s = getattr(stamps, name)
         if at_s is not None:
             setattr(request.timeline, name, at_s)
-    for name in COUNTS:
+    for name in OTHERS:
         setattr(request, name, getattr(stamps, name))
 
 
@@ -340,6 +350,8 @@ def work_of(request: Request) -> Work:
         request.decode,
         request.prompt,
         request.tenant,
+        request.said,
+        request.sampling,
     )
 
 
@@ -349,4 +361,5 @@ def request_of(work: Work, sink: Sink | None = None) -> Request:
     request = Request(work.id, work.input_tokens, work.output_tokens, work.blocks, timeline, sink)
     request.prefill, request.decode = work.prefill, work.decode
     request.prompt, request.tenant = work.prompt, work.tenant
+    request.said, request.sampling = work.said, work.sampling
     return request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,9 +11,10 @@ from zlib import crc32
 
 import msgspec
 
-from reference_cluster.request import Request
+from reference_cluster.request import Request, Sampling
 
 TOKEN_TEXT = " the"  # What a modelled engine says, whatever it was asked.
+STOPS_MAX = 4  # As OpenAI's.
 STAMPS = (
     "placed_s",
     "fetched_s",
@@ -50,7 +52,11 @@ class Body(msgspec.Struct):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = 1
-    ignore_eos: bool = True
+    temperature: float | None = None  # Greedy where it is not given.
+    top_p: float | None = None
+    seed: int | None = None  # One is drawn where it is not given.
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
     cache_salt: str | None = None  # vLLM's: only prompts with the same salt share their blocks.
 
 
@@ -71,11 +77,44 @@ def parse_body(data: bytes, is_chat: bool) -> Body:
         raise BadRequestError("`n` must be 1 here")
     if asked_tokens(body) < 1:
         raise BadRequestError("`max_tokens` must be at least 1")
+    check_sampling(body)
     return body
 
 
+def check_sampling(body: Body) -> None:
+    """Raises BadRequestError."""
+    if body.temperature is not None and not 0 <= body.temperature <= 2:
+        raise BadRequestError(f"`temperature` is {body.temperature:g}; use 0 (greedy) to 2")
+    if body.top_p is not None and not 0 < body.top_p <= 1:
+        raise BadRequestError(f"`top_p` is {body.top_p:g}; use more than 0, up to 1")
+    if body.seed is not None and not -(1 << 63) <= body.seed < 1 << 63:
+        raise BadRequestError("`seed` must be an integer of 64 bits")
+    stops = stop_strings(body)
+    if len(stops) > STOPS_MAX or not all(stops):
+        raise BadRequestError(f"`stop` must be a string, or up to {STOPS_MAX}, none of them empty")
+
+
+def stop_strings(body: Body) -> tuple[str, ...]:
+    if body.stop is None:
+        return ()
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+
+
+def sampling_of(body: Body) -> Sampling:
+    """How an engine that computes tokens is to choose them."""
+    return Sampling(
+        asked_tokens(body),
+        body.temperature or 0.0,
+        1.0 if body.top_p is None else body.top_p,
+        # The whole way of the request has the same, so that a resumed answer goes on alike.
+        secrets.randbits(63) if body.seed is None else body.seed,
+        body.ignore_eos,
+        stop_strings(body),
+    )
+
+
 def asked_tokens(body: Body) -> int:
-    """Output tokens to produce; a modelled engine never stops by itself."""
+    """Output tokens to produce at most; a modelled engine never stops by itself."""
     asked = body.max_completion_tokens
     if asked is None:
         asked = body.max_tokens
@@ -108,6 +147,44 @@ def chat_text(messages: list[Message]) -> str:
         elif message.content is not None:
             parts.extend(str(part.get("text", "")) for part in message.content)
     return " ".join(parts)
+
+
+class Cut:
+    """Passes an answer on, piece by piece, up to the first stop string, which is left out.
+
+    What may yet become one is kept back until more is known.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.kept = ""
+        self.is_over = False
+
+    def take(self, text: str, is_last: bool = False) -> str:
+        """What can be said now that `text` has come."""
+        self.kept += text
+        found = [self.kept.find(stop) for stop in self.stops if stop in self.kept]
+        if found or self.is_over:
+            end = 0 if self.is_over else min(found)
+            self.is_over = True
+        else:
+            end = len(self.kept) - (0 if is_last else self.undecided)
+        said, self.kept = self.kept[:end], self.kept[end:]
+        return said
+
+    def all(self, texts: Sequence[str]) -> Sequence[str]:
+        return [self.take(text) for text in texts] if self.stops else texts
+
+    @property
+    def undecided(self) -> int:
+        """Characters at the end that begin a stop string."""
+        sizes = [
+            size
+            for stop in self.stops
+            for size in range(1, len(stop))
+            if self.kept.endswith(stop[:size])
+        ]
+        return max(sizes, default=0)
 
 
 class Answer:
@@ -146,7 +223,7 @@ class Answer:
 
     def last_events(self, request: Request, text: str) -> bytes:
         """What comes after the last token but one."""
-        events = self.event(self.choice("length", text))
+        events = self.event(self.choice(request.finish_reason, text))
         if self.options.include_usage:
             more: dict[str, Any] = {"usage": usage(request)}
             if self.options.include_timeline:
@@ -156,7 +233,7 @@ class Answer:
 
     def whole(self, request: Request, text: str) -> bytes:
         """The answer in one piece."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": request.finish_reason}
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": text}
         else:

@@ -94,6 +94,8 @@ class Recovery:
             client=client,
             prompt=[*client.prompt, *client.output] if client.prompt else (),
             output=client.output,
+            said=[*client.output],
+            sampling=client.sampling,
             tenant=client.tenant,
         )
 
@@ -181,6 +183,7 @@ def take_over(client: Request, attempt: Request) -> None:
     """
     is_first = not client.produced_tokens
     client.produced_tokens += attempt.produced_tokens
+    client.has_stopped = attempt.has_stopped
     client.prefill_busy_s += attempt.prefill_busy_s
     client.memberships += attempt.memberships
     client.prefill = attempt.prefill or client.prefill

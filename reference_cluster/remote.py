@@ -151,7 +151,12 @@ class RemotePrefill(PrefillLoad):
 
 def span_of(message: Spanned) -> Span:
     return Span(
-        message.start_s, message.steps, message.first_gap_s, message.growth_s, message.end_s
+        message.start_s,
+        message.steps,
+        message.first_gap_s,
+        message.growth_s,
+        message.end_s,
+        message.stopped,
     )
 
 
@@ -207,7 +212,11 @@ class RemoteDecode(DecodeLoad):
             case FirstToken() if message.id in self.expected:
                 request = self.expected[message.id]
                 first_token(request, message)
-                self.waiting.append(request)
+                if request.has_stopped:
+                    self.forget(request)
+                    finish_all([request], message.stamps.first_token_s or 0.0, self.on_end)
+                else:
+                    self.waiting.append(request)
             case Entered() if message.id in self.expected:
                 request = self.expected[message.id]
                 self.waiting.remove(request)
@@ -300,7 +309,7 @@ class RemoteColocated(ColocatedLoad):
         if request is None:
             return
         first_token(request, message)
-        if request.output_tokens == 1:
+        if request.output_tokens == 1 or request.has_stopped:
             self.started.remove(request)
             finish_all([request], message.stamps.first_token_s or 0.0, self.on_end)
 

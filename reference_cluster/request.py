@@ -28,6 +28,21 @@ class Timeline:
     finished_s: float | None = None  # Or rejected, or failed.
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a client wants its tokens; temperature 0 is greedy. `max_tokens` of a whole answer."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+
+GREEDY = Sampling()
+
+
 class Sink:
     """Who listens to a request while it is served (a live client). The default hears nothing."""
 
@@ -57,6 +72,9 @@ class Request:
     # Token ids, where an engine computes with them: the prompt's, and those of the answer so far.
     prompt: Sequence[int] = ()
     output: list[int] = field(default_factory=list)
+    said: Sequence[int] = ()  # Of a resumed answer: the tokens before `output`, in `prompt` too.
+    sampling: Sampling = GREEDY
+    has_stopped: bool = False  # An end token or a stop string ended it, maybe before its length.
     prefilled_tokens: int = 0  # Reused and computed so far.
     prefill_busy_s: float = 0.0
     predicted_ttft_s: float | None = None
@@ -74,6 +92,10 @@ class Request:
     @property
     def has_ended(self) -> bool:
         return self.status != "waiting"
+
+    @property
+    def finish_reason(self) -> Literal["length", "stop"]:
+        return "stop" if self.has_stopped else "length"
 
     @property
     def kv_tokens(self) -> int:

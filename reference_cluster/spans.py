@@ -7,7 +7,7 @@ of its instance's spans: the log stores each span once and each request the rang
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +30,7 @@ class Span:
     first_gap_s: float
     growth_s: float
     end_s: float
+    stopped: Sequence[int] = ()  # Members whose answers ended by themselves with the last step.
 
 
 class SpanLog:

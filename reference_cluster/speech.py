@@ -15,8 +15,15 @@ from reference_cluster.engines.torch.tokenizer import (
     Tokenizer,
     open_tokenizer,
 )
-from reference_cluster.openai_protocol import TOKEN_TEXT, BadRequestError, Body, prompt_text
+from reference_cluster.openai_protocol import (
+    TOKEN_TEXT,
+    BadRequestError,
+    Body,
+    prompt_text,
+    sampling_of,
+)
 from reference_cluster.openai_protocol import prompt_tokens as words_of
+from reference_cluster.request import GREEDY, Sampling
 
 
 class Speech(Protocol):
@@ -29,6 +36,12 @@ class Speech(Protocol):
 
     def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
         """What the engine is given of them."""
+
+    def sampling(self, body: Body) -> Sampling:
+        """How the engine is to choose tokens."""
+
+    def text(self, output: Sequence[int]) -> str:
+        """What an answer of real tokens says."""
 
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
         """What `count` tokens from the `start`-th on say, one by one."""
@@ -44,6 +57,12 @@ class Unspoken:
 
     def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
         return ()
+
+    def sampling(self, body: Body) -> Sampling:
+        return GREEDY
+
+    def text(self, output: Sequence[int]) -> str:
+        return TOKEN_TEXT * len(output)
 
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
         return [TOKEN_TEXT] * count
@@ -63,6 +82,12 @@ class Numbers:
 
     def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
         return tokens
+
+    def sampling(self, body: Body) -> Sampling:
+        return sampling_of(body)
+
+    def text(self, output: Sequence[int]) -> str:
+        return "".join(self.texts(output, 0, len(output)))
 
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
         return [f" {token}" for token in output[start : start + count]]
@@ -87,6 +112,12 @@ class Spoken:
 
     def prompt(self, tokens: Sequence[int]) -> Sequence[int]:
         return tokens
+
+    def sampling(self, body: Body) -> Sampling:
+        return sampling_of(body)
+
+    def text(self, output: Sequence[int]) -> str:
+        return self.tokenizer.decode(output)
 
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
         """A token that is half a character says nothing until the other half has come."""

@@ -258,6 +258,7 @@ class BatchReporter:
                 span.end_s,
                 blocks,
                 [(id, one.request.output[-1]) for id, one in members if one.request.output],
+                [*span.stopped],
             )
         )
 
@@ -379,8 +380,8 @@ class DecodeWorker(Worker):
     def ended(self, request: Request) -> None:
         """By its last token, as the mirror knows by itself, or refused."""
         del self.requests[request.id]
+        self.instance.engine.forget(request)
         if request.status == "rejected":
-            self.instance.engine.forget(request)
             self.tell(Ended(request.id, "rejected", request.reason or "unknown"))
 
     def cancel(self, request: Request) -> None:

@@ -66,7 +66,8 @@ class BatchObserver(Protocol):
 class DecodeBatch:
     """Requests that decode together; they join and leave only between spans.
 
-    A member leaves at a known step, so that a span costs the same however large the batch is.
+    A member leaves at a known step, so that a span costs the same however large the batch is; or
+    earlier, where a span says that its answer has stopped.
     """
 
     def __init__(self) -> None:
@@ -126,7 +127,7 @@ class DecodeBatch:
             self.observer.entered(request, start_s)
 
     def apply(self, span: Span) -> list[Request]:
-        """Account for a span; returns the requests that have all their tokens now, taken out."""
+        """Account for a span; returns the requests whose answers are complete, taken out."""
         if self.observer is not None:
             self.observer.spanned(span)
         self.log.append(span)
@@ -137,6 +138,10 @@ class DecodeBatch:
             if request.sink is not None:
                 request.sink.tokens(span.steps)
         finished = []
+        for request in [self.members[id].request for id in span.stopped if id in self.members]:
+            request.has_stopped = True
+            self.take_out(request)
+            finished.append(request)
         while self.leaving and self.leaving[0][0] <= self.steps_done:
             member = self.members.get(heapq.heappop(self.leaving)[1])
             if member is not None:

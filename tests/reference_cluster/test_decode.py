@@ -13,7 +13,7 @@ from reference_cluster.decode import DecodeInstance
 from reference_cluster.engines.modelled import ModelledEngine
 from reference_cluster.policies.batching import DecodeBatch
 from reference_cluster.request import Request, Sink
-from reference_cluster.spans import span_columns
+from reference_cluster.spans import Span, span_columns
 from reference_cluster.virtual_time import run_virtual
 from tests.reference_cluster.small import a_request, costs
 
@@ -278,3 +278,17 @@ def test_a_batch_keeps_its_books() -> None:
     batch.remove(one)  # Cancelled: the heap still knows of it, the batch does not.
     assert batch.steps_until_leave == 8
     assert (batch.size, batch.context_tokens, batch.kv_tokens) == (1, 100, 109)
+
+
+def test_a_span_says_whose_answers_have_stopped() -> None:
+    """They leave before their length with the tokens they have, their context and memory freed."""
+    batch = DecodeBatch()
+    one, two = a_request(0, output_tokens=9), a_request(1, output_tokens=9)
+    for request in (one, two):
+        request.produced_tokens = 1
+        batch.join(request, 0.0)
+    assert batch.apply(Span(0.0, 1, 0.1, 0.0, 0.1, [0, 7])) == [one]
+    assert (one.produced_tokens, one.finish_reason) == (2, "stop")
+    assert (batch.size, batch.context_tokens, batch.kv_tokens) == (1, 101, 109)
+    assert batch.apply(Span(0.1, 7, 0.1, 0.0, 0.8)) == [two]
+    assert two.finish_reason == "length"

@@ -9,12 +9,15 @@ import pytest
 
 from reference_cluster.openai_protocol import (
     BadRequestError,
+    Cut,
     asked_tokens,
     chat_text,
     error_body,
     parse_body,
     prompt_tokens,
+    sampling_of,
 )
+from reference_cluster.request import Sampling
 
 
 def complaint(content: bytes | dict[str, Any], is_chat: bool = False) -> str:
@@ -48,6 +51,17 @@ def complaint(content: bytes | dict[str, Any], is_chat: bool = False) -> str:
         ({"prompt": "a", "max_tokens": -3}, "`max_tokens`"),
         ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
         ({"prompt": "a", "stream": "yes"}, "stream"),
+        ({"prompt": "a", "temperature": -0.1}, "`temperature` is -0.1"),
+        ({"prompt": "a", "temperature": 2.5}, "`temperature` is 2.5"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature"),
+        ({"prompt": "a", "top_p": 0}, "`top_p` is 0"),
+        ({"prompt": "a", "top_p": 1.1}, "`top_p` is 1.1"),
+        ({"prompt": "a", "seed": 1 << 63}, "seed"),
+        ({"prompt": "a", "seed": 0.5}, "seed"),
+        ({"prompt": "a", "stop": ""}, "`stop`"),
+        ({"prompt": "a", "stop": ["a", "b", "c", "d", "e"]}, "`stop`"),
+        ({"prompt": "a", "stop": [1]}, "stop"),
+        ({"prompt": "a", "ignore_eos": "no"}, "ignore_eos"),
     ],
 )
 def test_a_bad_completion_is_explained(content: bytes | dict[str, Any], part: str) -> None:
@@ -120,3 +134,32 @@ def test_an_error_has_openais_shape_and_our_reason() -> None:
         "error": {"message": "m", "type": "t", "code": 429, "reason": "ttft"}
     }
     assert "reason" not in json.loads(error_body("m", "t", 400))["error"]
+
+
+def test_what_a_client_says_of_sampling_is_taken() -> None:
+    """Greedy and obeying end tokens by default; a seed of its own for each that gives none."""
+    body = parse_body(b'{"prompt": "a", "max_tokens": 3, "temperature": 1, "stop": "x"}', False)
+    one, other = sampling_of(body), sampling_of(body)
+    assert one.seed != other.seed
+    assert one == Sampling(3, 1.0, 1.0, one.seed, ignore_eos=False, stop=("x",))
+    plain = sampling_of(parse_body(b'{"prompt": "a", "seed": 4, "top_p": 0.5}', False))
+    assert plain == Sampling(16, 0.0, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["to", " be"], ["to", " be"]),
+        (["a x", "z", "!"], ["a ", "xz", "!"]),
+        (["a x", "y", "!"], ["a ", "", ""]),
+        (["a q", " xy", " xy"], ["a q", " ", ""]),
+        (["a x", "x", "y"], ["a ", "x", ""]),
+        (["so x"], ["so x"]),
+    ],
+)
+def test_a_stop_string_and_what_may_become_one_are_not_said(
+    texts: list[str], said: list[str]
+) -> None:
+    """Until it is known that they are none; the last piece says what is left."""
+    cut, last = Cut(("xy", "never")), len(texts) - 1
+    assert [cut.take(text, at == last) for at, text in enumerate(texts)] == said

@@ -20,6 +20,7 @@ from reference_cluster.engines.base import OnLayer
 from reference_cluster.engines.torch.blocks import KvBlocks, Moves, load_all
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner
 from reference_cluster.engines.torch.runner import Tokens, Work
+from reference_cluster.engines.torch.sampling import has_stopped
 from reference_cluster.policies.batching import Chunk, DecodeBatch
 from reference_cluster.request import Request
 from reference_cluster.spans import Span
@@ -41,16 +42,19 @@ Result = TypeVar("Result")
 
 
 class TorchEngine:
-    """The Engine Protocol over a Runner. Greedy; end tokens are tokens like the others.
+    """The Engine Protocol over a Runner; `say` tells the text in which to find stop strings.
 
     A request's pages are reserved whole when it comes, as the instances reserve device memory, so
     that running out of them is a matter of admission: it waits, with its KV in the worker's slots.
     """
 
-    def __init__(self, config: ReplicaConfig, block_tokens: int) -> None:
+    def __init__(
+        self, config: ReplicaConfig, block_tokens: int, say: Callable[[Sequence[int]], str]
+    ) -> None:
         torch.set_num_threads(1)
         self.runner = build_runner(config)
         self.block_tokens = block_tokens
+        self.say = say
         self.loop = asyncio.get_running_loop()
         self.thread = ThreadPoolExecutor(1, "torch engine")
         self.sequences: dict[int, Tokens] = {}
@@ -92,7 +96,7 @@ class TorchEngine:
     def first_chunk(self, chunk: Chunk) -> Tokens:
         """Make the sequence; its first chunk loads what is reused."""
         request = chunk.request
-        tokens = Tokens(list(request.prompt), request.input_tokens)
+        tokens = Tokens(list(request.prompt), request.input_tokens, request.sampling)
         slots = self.slots.get(request.id)
         if self.blocks is not None and slots is not None:
             tokens.moves = Moves(self.blocks, slots, request.input_tokens, request.reused_tokens)
@@ -131,7 +135,8 @@ class TorchEngine:
         assert self.blocks is not None
         count = request.input_tokens
         # Nobody computes the prompt again: how long it was is enough.
-        tokens = Tokens([0] * count + request.output, count, computed=count)
+        ids = [0] * count + request.output
+        tokens = Tokens(ids, count, request.sampling, computed=count)
         if not self.runner.cache.grow(tokens.pages, request.kv_tokens):
             return False
         moves = Moves(self.blocks, slots, count)
@@ -143,28 +148,42 @@ class TorchEngine:
         return await self.mixed(start_s, batch, [])
 
     async def mixed(self, start_s: float, batch: DecodeBatch, chunks: Sequence[Chunk]) -> Span:
-        await self.step(chunks, [member.request for member in batch.members.values()])
+        decodes = [member.request for member in batch.members.values()]
+        await self.step(chunks, decodes)
         end_s = self.loop.time()
-        return Span(start_s, 1, end_s - start_s, 0.0, end_s)
+        stopped = [request.id for request in decodes if request.has_stopped]
+        return Span(start_s, 1, end_s - start_s, 0.0, end_s, stopped)
 
     # ---- both --------------------------------------------------------------------------------
 
     async def step(self, chunks: Sequence[Chunk], decodes: Sequence[Request]) -> None:
         """One step of the model; its tokens go to their requests."""
         given = await self.submit(partial(self.run, chunks, decodes))
-        for request, token in given:
+        for request, token, is_last in given:
             request.output.append(token)
-            if len(request.output) >= request.output_tokens:
-                self.forget(request)
+            request.has_stopped = is_last
 
-    def run(self, chunks: Sequence[Chunk], decodes: Sequence[Request]) -> list[tuple[Request, int]]:
+    def run(
+        self, chunks: Sequence[Chunk], decodes: Sequence[Request]
+    ) -> list[tuple[Request, int, bool]]:
+        """In the engine's thread: tokens, and whether one ends its answer by what it says."""
         works = [self.work_of(chunk) for chunk in chunks]
         decoding = [self.sequences[request.id] for request in decodes]
         asking = {id(one) for one in self.runner.run(works, decoding)}
         requests = [*(chunk.request for chunk in chunks), *decodes]
         sequences = [*(work.tokens for work in works), *decoding]
         pairs = zip(requests, sequences, strict=True)
-        return [(request, one.ids[-1]) for request, one in pairs if id(one) in asking]
+        return [
+            (request, one.ids[-1], self.is_last(request, one))
+            for request, one in pairs
+            if id(one) in asking
+        ]
+
+    def is_last(self, request: Request, tokens: Tokens) -> bool:
+        """Only strings are looked for in the whole answer, which began before a resumed one."""
+        wish, ends = request.sampling, self.runner.model.config.end_tokens
+        said = [*request.said, *tokens.produced] if wish.stop else tokens.ids[-1:]
+        return has_stopped(said, wish, ends, self.say)
 
     def forget(self, request: Request) -> None:
         """It ends here, one way or the other: its pages go back after the step under way."""

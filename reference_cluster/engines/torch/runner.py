@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,8 +12,9 @@ from reference_cluster.engines.torch.attention import DecodeTable, TorchTable
 from reference_cluster.engines.torch.blocks import Moves
 from reference_cluster.engines.torch.llama import ChunkSpan, Llama, Pass
 from reference_cluster.engines.torch.native import GROUP_MAX, NativeTable, compiled, is_for
-from reference_cluster.engines.torch.sampling import GREEDY, Sampling, choose
+from reference_cluster.engines.torch.sampling import choose
 from reference_cluster.errors import ClusterError
+from reference_cluster.request import GREEDY, Sampling
 
 
 class TooLongError(ClusterError):
@@ -31,7 +31,6 @@ class Tokens:
     moves: Moves | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
-    numbers: random.Random = field(default_factory=lambda: random.Random(0))
 
     @property
     def produced(self) -> list[int]:
@@ -77,7 +76,7 @@ class Runner:
             one.computed += 1
         if asking:
             chosen = choose(
-                logits, [one.sampling for one in asking], [one.numbers for one in asking]
+                logits, [one.sampling for one in asking], [len(one.ids) for one in asking]
             )
             for one, token in zip(asking, chosen, strict=True):
                 one.ids.append(token)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,9 @@ from typing import Literal
 
 from reference_cluster.engines.torch.blocks import Moves
 from reference_cluster.engines.torch.runner import Runner, Tokens, TooLongError, Work
-from reference_cluster.engines.torch.sampling import Sampling
+from reference_cluster.engines.torch.sampling import has_stopped
 from reference_cluster.engines.torch.tokenizer import Tokenizer
+from reference_cluster.request import Sampling
 
 Finish = Literal["length", "stop"]
 
@@ -22,7 +22,6 @@ class Job:
 
     id: int
     tokens: Tokens
-    text: str = ""  # Only kept where a stop string has to be looked for.
     finish: Finish | None = None
     preemptions: int = 0
 
@@ -50,7 +49,6 @@ class Scheduler:
         """Queue a prompt; raises TooLongError where it can never fit."""
         self.check_length(len(prompt), sampling.max_tokens)
         tokens = Tokens(list(prompt), len(prompt), sampling, moves)
-        tokens.numbers = random.Random(sampling.seed)
         job = Job(id, tokens)
         self.waiting.append(job)
         return job
@@ -141,12 +139,9 @@ class Scheduler:
 
     def finish_of(self, job: Job) -> Finish | None:
         tokens, sampling = job.tokens, job.tokens.sampling
-        if not sampling.ignore_eos and tokens.ids[-1] in self.runner.model.config.end_tokens:
+        say = None if self.tokenizer is None else self.tokenizer.decode
+        if has_stopped(tokens.produced, sampling, self.runner.model.config.end_tokens, say):
             return "stop"
-        if sampling.stop and self.tokenizer is not None:
-            job.text = self.tokenizer.decode(tokens.produced)
-            if any(stop in job.text for stop in sampling.stop):
-                return "stop"
         return "length" if len(tokens.produced) >= sampling.max_tokens else None
 
     def cancel(self, job: Job) -> None:

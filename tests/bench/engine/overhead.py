@@ -19,8 +19,8 @@ import torch
 
 from reference_cluster.engines.torch import runner as runner_module
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner
-from reference_cluster.engines.torch.sampling import Sampling
 from reference_cluster.engines.torch.scheduler import Scheduler
+from reference_cluster.request import Sampling
 
 STEPS = 60
 

@@ -43,7 +43,7 @@ class Ours:
         self.ids = 0
 
     def add(self, prompt: list[int], output_tokens: int) -> None:
-        from reference_cluster.engines.torch.sampling import Sampling
+        from reference_cluster.request import Sampling
 
         self.ids += 1
         self.scheduler.add(self.ids, prompt, Sampling(output_tokens, ignore_eos=True))

@@ -16,9 +16,9 @@ from reference_cluster.engines.torch.blocks import KvBlocks, Moves, load_all  # 
 from reference_cluster.engines.torch.parallel import join, leave  # noqa: E402
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner  # noqa: E402
 from reference_cluster.engines.torch.runner import Runner, Tokens, Work  # noqa: E402
-from reference_cluster.engines.torch.sampling import Sampling  # noqa: E402
 from reference_cluster.engines.torch.weights import Share  # noqa: E402
 from reference_cluster.errors import ConfigError  # noqa: E402
+from reference_cluster.request import Sampling  # noqa: E402
 
 pytestmark = pytest.mark.torch
 BLOCK_TOKENS = 64

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,8 +19,8 @@ import msgspec  # noqa: E402
 from reference_cluster.config import ClusterConfig  # noqa: E402
 from reference_cluster.cost_model import load_profile  # noqa: E402
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner  # noqa: E402
-from reference_cluster.engines.torch.sampling import Sampling  # noqa: E402
 from reference_cluster.engines.torch.scheduler import Scheduler  # noqa: E402
+from reference_cluster.request import Sampling  # noqa: E402
 from tests.reference_cluster.live import live  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.live]
@@ -53,6 +56,21 @@ def make_prompts(count: int) -> list[list[int]]:
     return prompts
 
 
+def spoken(prompt: Sequence[int], sampling: Sampling) -> list[str]:
+    """What one engine alone says, a token a piece."""
+    scheduler = Scheduler(build_runner(ReplicaConfig(page_tokens=16, kv_tokens=4096)))
+    job = scheduler.add(0, prompt, sampling)
+    scheduler.run_all()
+    return [f" {token}" for token in job.tokens.produced]
+
+
+def pieces(stream: str) -> list[dict[str, Any]]:
+    """The choices of a stream's events, in order."""
+    lines = [line[6:] for line in stream.split("\n\n") if line.startswith("data: {")]
+    choices: list[dict[str, Any]] = [msgspec.json.decode(line)["choices"][0] for line in lines]
+    return choices
+
+
 def alone(prompts: Sequence[Sequence[int]]) -> list[str]:
     scheduler = Scheduler(build_runner(ReplicaConfig(page_tokens=16, kv_tokens=8192)))
     answers = []
@@ -77,7 +95,7 @@ def test_the_cluster_says_what_one_engine_says(system: str, prefill: int, decode
     with live(config, load_profile("tiny-torch-cpu")) as (client, _):
 
         def ask(prompt: list[int]) -> dict[str, Any]:
-            body = {"prompt": prompt, "max_tokens": OUTPUT}
+            body = {"prompt": prompt, "max_tokens": OUTPUT, "ignore_eos": True}
             response = client.post("/v1/completions", json=body, timeout=60.0)
             assert response.status_code == 200, response.text
             answer: dict[str, Any] = response.json()
@@ -96,7 +114,7 @@ def test_one_token_and_streams(tmp_path: object) -> None:
     """An answer of one token ends with its prefill; a stream has one event a token."""
     prompt = make_prompts(1)[0]
     with live(a_config(), load_profile("tiny-torch-cpu")) as (client, _):
-        body = {"prompt": [token - 3 for token in prompt], "max_tokens": 1}
+        body = {"prompt": [token - 3 for token in prompt], "max_tokens": 1, "ignore_eos": True}
         one = client.post("/v1/completions", json=body).json()
         body |= {"max_tokens": OUTPUT, "stream": True}
         lines = client.post("/v1/completions", json=body).text.split("\n\n")
@@ -107,3 +125,68 @@ def test_one_token_and_streams(tmp_path: object) -> None:
     assert "".join(said) == wanted
     assert len(said) == OUTPUT
     assert one["choices"][0]["text"] == said[0]
+
+
+@pytest.mark.parametrize("system", ["disaggregated", "colocated"])
+def test_a_request_says_how_its_tokens_are_drawn_and_when_they_end(system: str) -> None:
+    """Seeds, stop strings, end tokens: as one engine alone, whole and streamed; and why it ended.
+
+    The string may be completed by the first token, which no decode instance computes.
+    """
+    prompt = [9, 8, 7]
+    drawn = spoken(prompt, Sampling(8, 0.9, 0.8, seed=5, ignore_eos=True))
+    ended = spoken(prompt, Sampling(12, 2.0, seed=318))
+    assert ended[-1] == " 1"
+    assert len(ended) < 12
+    seeded = {"max_tokens": 8, "temperature": 0.9, "top_p": 0.8, "seed": 5, "ignore_eos": True}
+    later = drawn[3] + drawn[4]
+    cases: list[tuple[dict[str, Any], Sequence[str], int, str]] = [
+        (seeded, drawn, 8, "length"),
+        ({**seeded, "stop": [later, "never"]}, drawn[:3], 5, "stop"),
+        ({**seeded, "stop": drawn[0]}, [], 1, "stop"),
+        ({"max_tokens": 12, "temperature": 2, "seed": 318}, ended, len(ended), "stop"),
+    ]
+    with live(a_config(system=system), load_profile("tiny-torch-cpu")) as (client, _):
+        for more, wanted, count, reason in cases:
+            body = {"prompt": [token - 3 for token in prompt], **more}
+            answer = client.post("/v1/completions", json=body, timeout=60.0).json()
+            assert answer["choices"][0]["text"] == "".join(wanted)
+            assert answer["choices"][0]["finish_reason"] == reason
+            assert answer["usage"]["completion_tokens"] == count
+            streamed = client.post("/v1/completions", json={**body, "stream": True}).text
+            found = pieces(streamed)
+            assert "".join(one["text"] for one in found) == "".join(wanted)
+            assert [one["finish_reason"] for one in found] == [None] * (count - 1) + [reason]
+
+
+def test_a_drawn_answer_goes_on_alike_after_a_loss() -> None:
+    """Its decode worker is killed: the other one draws the tokens that the first would have,
+    and finds the stop string."""
+    drawn = spoken([9, 8, 7], Sampling(600, 1.0, seed=6, ignore_eos=True))
+    body = {"prompt": [6, 5, 4], "max_tokens": 600, "temperature": 1, "seed": 6}
+    body |= {"ignore_eos": True, "stream": True, "stop": "".join(drawn[590:593])}
+    config = a_config(
+        decode_instances=2, workers={"heartbeat_s": 0.1, "dead_after_s": 1.0, "restart": False}
+    )
+    started = threading.Event()
+
+    with live(config, load_profile("tiny-torch-cpu")) as (client, front):
+
+        def read() -> str:
+            text = ""
+            with client.stream("POST", "/v1/completions", json=body, timeout=60.0) as answer:
+                for part in answer.iter_text():
+                    text += part
+                    started.set()
+            return text
+
+        with ThreadPoolExecutor(1) as pool:
+            text = pool.submit(read)
+            assert started.wait(30.0)
+            name = next(one.name for one in front.cluster.decode if one.expected or one.batch.size)
+            rows = {row["name"]: row for row in client.get("/cluster/info").json()["workers"]}
+            os.kill(rows[name]["pid"], signal.SIGKILL)
+            found = pieces(text.result(60.0))
+        assert front.cluster.recovery.counts["resumed"] == 1
+    assert "".join(one["text"] for one in found) == "".join(drawn[:590])
+    assert found[-1]["finish_reason"] == "stop"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 
 import pytest
@@ -10,9 +9,10 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: make test-torch")
 
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner  # noqa: E402
-from reference_cluster.engines.torch.sampling import Sampling, choose  # noqa: E402
+from reference_cluster.engines.torch.sampling import choose  # noqa: E402
 from reference_cluster.engines.torch.scheduler import Scheduler  # noqa: E402
 from reference_cluster.engines.torch.tokenizer import ByteTokenizer  # noqa: E402
+from reference_cluster.request import Sampling  # noqa: E402
 
 pytestmark = pytest.mark.torch
 LOGITS = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
@@ -20,8 +20,7 @@ LOGITS = torch.log(torch.tensor([0.05, 0.5, 0.15, 0.3]))
 
 def drawn(sampling: Sampling, count: int) -> Counter[int]:
     rows = LOGITS.repeat(count, 1)
-    numbers = [random.Random(seed) for seed in range(count)]
-    return Counter(choose(rows, [sampling] * count, numbers))
+    return Counter(choose(rows, [sampling] * count, range(count)))
 
 
 def test_temperature_one_draws_by_probability() -> None:
@@ -42,8 +41,7 @@ def test_top_p_keeps_the_likeliest_that_reach_it() -> None:
 def test_greedy_rows_stay_greedy_beside_drawn_ones() -> None:
     """Each row has its own wish."""
     wishes = [Sampling(), Sampling(temperature=2.0), Sampling()]
-    numbers = [random.Random(seed) for seed in range(3)]
-    chosen = choose(LOGITS.repeat(3, 1), wishes, numbers)
+    chosen = choose(LOGITS.repeat(3, 1), wishes, [0, 0, 0])
     assert (chosen[0], chosen[2]) == (1, 1)
 
 

@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test-t
 transformers = pytest.importorskip("transformers", reason="transformers: make test-torch")
 
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner  # noqa: E402
-from reference_cluster.engines.torch.sampling import Sampling  # noqa: E402
 from reference_cluster.engines.torch.scheduler import Scheduler  # noqa: E402
+from reference_cluster.request import Sampling  # noqa: E402
 
 pytestmark = pytest.mark.torch
 NEW_TOKENS = 16

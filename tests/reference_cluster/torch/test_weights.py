@@ -20,10 +20,10 @@ from reference_cluster.engines.torch.architecture import (  # noqa: E402
 )
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner  # noqa: E402
 from reference_cluster.engines.torch.runner import TooLongError  # noqa: E402
-from reference_cluster.engines.torch.sampling import Sampling  # noqa: E402
 from reference_cluster.engines.torch.scheduler import Scheduler  # noqa: E402
 from reference_cluster.engines.torch.weights import Share, random_weights  # noqa: E402
 from reference_cluster.errors import ConfigError  # noqa: E402
+from reference_cluster.request import Sampling  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
