@@ -21,7 +21,6 @@ from reference_cluster.policies.admission import make_admission
 from reference_cluster.policies.view import Holder
 from reference_cluster.prefill import PrefillInstance, Queued
 from reference_cluster.request import OnEnd, Request
-from reference_cluster.speech import make_speech
 
 
 class Parts:
@@ -63,11 +62,7 @@ class Parts:
             raise ConfigError(
                 f"engine.kind \"torch\" needs {error.name}; pip install 'mooncake-bench[torch]'"
             ) from None
-        engine = TorchEngine(
-            replica_of(self.config.engine),
-            self.config.block_tokens,
-            make_speech(self.config.engine).text,
-        )
+        engine = TorchEngine(replica_of(self.config.engine), self.config.block_tokens)
         layers, block_bytes = engine.runner.model.config.layers, engine.block_bytes
         if (layers, block_bytes) != (self.profile.layers, self.profile.layers * self.layer_bytes):
             raise ConfigError(

@@ -14,6 +14,7 @@ from reference_cluster.engines.torch.tokenizer import (
     FileTokenizer,
     Tokenizer,
     open_tokenizer,
+    say_number,
 )
 from reference_cluster.openai_protocol import (
     TOKEN_TEXT,
@@ -40,9 +41,6 @@ class Speech(Protocol):
     def sampling(self, body: Body) -> Sampling:
         """How the engine is to choose tokens."""
 
-    def text(self, output: Sequence[int]) -> str:
-        """What an answer of real tokens says."""
-
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
         """What `count` tokens from the `start`-th on say, one by one."""
 
@@ -60,9 +58,6 @@ class Unspoken:
 
     def sampling(self, body: Body) -> Sampling:
         return GREEDY
-
-    def text(self, output: Sequence[int]) -> str:
-        return TOKEN_TEXT * len(output)
 
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
         return [TOKEN_TEXT] * count
@@ -86,11 +81,8 @@ class Numbers:
     def sampling(self, body: Body) -> Sampling:
         return sampling_of(body)
 
-    def text(self, output: Sequence[int]) -> str:
-        return "".join(self.texts(output, 0, len(output)))
-
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
-        return [f" {token}" for token in output[start : start + count]]
+        return [say_number(token) for token in output[start : start + count]]
 
 
 class Spoken:
@@ -115,9 +107,6 @@ class Spoken:
 
     def sampling(self, body: Body) -> Sampling:
         return sampling_of(body)
-
-    def text(self, output: Sequence[int]) -> str:
-        return self.tokenizer.decode(output)
 
     def texts(self, output: Sequence[int], start: int, count: int) -> list[str]:
         """A token that is half a character says nothing until the other half has come."""

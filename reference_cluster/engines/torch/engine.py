@@ -21,6 +21,7 @@ from reference_cluster.engines.torch.blocks import KvBlocks, Moves, load_all
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner
 from reference_cluster.engines.torch.runner import Tokens, Work
 from reference_cluster.engines.torch.sampling import has_stopped
+from reference_cluster.engines.torch.tokenizer import speaker
 from reference_cluster.policies.batching import Chunk, DecodeBatch
 from reference_cluster.request import Request
 from reference_cluster.spans import Span
@@ -42,19 +43,17 @@ Result = TypeVar("Result")
 
 
 class TorchEngine:
-    """The Engine Protocol over a Runner; `say` tells the text in which to find stop strings.
+    """The Engine Protocol over a Runner.
 
     A request's pages are reserved whole when it comes, as the instances reserve device memory, so
     that running out of them is a matter of admission: it waits, with its KV in the worker's slots.
     """
 
-    def __init__(
-        self, config: ReplicaConfig, block_tokens: int, say: Callable[[Sequence[int]], str]
-    ) -> None:
+    def __init__(self, config: ReplicaConfig, block_tokens: int) -> None:
         torch.set_num_threads(1)
         self.runner = build_runner(config)
         self.block_tokens = block_tokens
-        self.say = say
+        self.say = speaker(config.directory)  # The text in which stop strings are found.
         self.loop = asyncio.get_running_loop()
         self.thread = ThreadPoolExecutor(1, "torch engine")
         self.sequences: dict[int, Tokens] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -63,3 +63,15 @@ def open_tokenizer(directory: Path | None) -> Tokenizer:
     if not path.exists():
         raise ConfigError(f"{path} is missing; copy the model's tokenizer.json there")
     return FileTokenizer(path)
+
+
+def say_number(token: int) -> str:
+    """What a token of random weights says, which know no language."""
+    return f" {token}"
+
+
+def speaker(directory: Path | None) -> Callable[[Sequence[int]], str]:
+    """How clients are told an answer's tokens: decoded, or by number where weights are random."""
+    if directory is not None:
+        return open_tokenizer(directory).decode
+    return lambda ids: "".join(map(say_number, ids))
