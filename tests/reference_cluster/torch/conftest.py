@@ -53,6 +53,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the engine computes; references stay on the CPU."""
+    name: str = request.param
+    if name != "cpu" and not torch.cuda.is_available():
+        pytest.skip(f"no {name} here: a host with a CUDA device is needed")
+    return name
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("Llama", tmp_path_factory.mktemp("llama"))

@@ -64,11 +64,18 @@ ALONE = (0, 1, "")  # Rank, ranks, and where they meet.
 Rank = tuple[int, int, str]
 
 
-def replica(model: str, page_tokens: int, dtype: str, place: Rank = ALONE) -> Runner:
+def replica(
+    model: str, page_tokens: int, dtype: str, place: Rank = ALONE, device: str = "cpu"
+) -> Runner:
     torch.set_num_threads(1)
     rank, ranks, address = place
     settings = ReplicaConfig(
-        model, dtype=dtype, page_tokens=page_tokens, kv_tokens=8192, tensor_parallel=ranks
+        model,
+        dtype=dtype,
+        device=device,
+        page_tokens=page_tokens,
+        kv_tokens=8192,
+        tensor_parallel=ranks,
     )
     return build_runner(settings) if ranks == 1 else join(settings, rank, address)
 
@@ -94,11 +101,17 @@ def compute_prompt(runner: Runner, tokens: Tokens, chunk_tokens: int) -> None:
 
 
 def prefill_all(
-    model: str, name: str, page_tokens: int, dtype: str, chunk_tokens: int, place: Rank = ALONE
+    model: str,
+    name: str,
+    page_tokens: int,
+    dtype: str,
+    chunk_tokens: int,
+    place: Rank = ALONE,
+    device: str = "cpu",
 ) -> list[int]:
     """A process that only prefills: KV goes into shared memory; returns the first tokens."""
     memory = SharedMemory(name)
-    runner = replica(model, page_tokens, dtype, place)
+    runner = replica(model, page_tokens, dtype, place, device)
     blocks = blocks_over(memory, runner, place)
     prompts = make_prompts()
     first = []
@@ -114,11 +127,17 @@ def prefill_all(
 
 
 def decode_all(
-    model: str, name: str, page_tokens: int, dtype: str, first: list[int], place: Rank = ALONE
+    model: str,
+    name: str,
+    page_tokens: int,
+    dtype: str,
+    first: list[int],
+    place: Rank = ALONE,
+    device: str = "cpu",
 ) -> list[list[int]]:
     """Another process that only decodes, from nothing but the bytes and the first tokens."""
     memory = SharedMemory(name)
-    runner = replica(model, page_tokens, dtype, place)
+    runner = replica(model, page_tokens, dtype, place, device)
     blocks = blocks_over(memory, runner, place)
     prompts = make_prompts()
     answers = []
@@ -177,6 +196,7 @@ def test_prefill_and_decode_in_two_processes_say_what_one_engine_says(
     prefill_pages: int,
     decode_pages: int,
     chunk_tokens: int,
+    device: str,
 ) -> None:
     """50 prompts, partial prefix hits, chunks or none, different pages on both sides.
 
@@ -184,13 +204,14 @@ def test_prefill_and_decode_in_two_processes_say_what_one_engine_says(
     """
     model = str(llama)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        arguments = (model, memory.name, prefill_pages, "float32", chunk_tokens)
+        arguments = (model, memory.name, prefill_pages, "float32", chunk_tokens, ALONE, device)
         first = pool.apply(prefill_all, arguments)
-        answers = pool.apply(decode_all, (model, memory.name, decode_pages, "float32", first))
+        decoding = (model, memory.name, decode_pages, "float32", first, ALONE, device)
+        answers = pool.apply(decode_all, decoding)
         assert answers == expected
         assert memory.buf is not None
         memory.buf[:] = bytes(len(memory.buf))
-        zeroed = pool.apply(decode_all, (model, memory.name, decode_pages, "float32", first))
+        zeroed = pool.apply(decode_all, decoding)
     differing = sum(a != b for a, b in zip(zeroed, expected, strict=True))
     assert differing >= PROMPTS - 2  # Of a prompt of one or two tokens little is lost.
 

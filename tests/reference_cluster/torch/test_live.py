@@ -71,8 +71,9 @@ def pieces(stream: str) -> list[dict[str, Any]]:
     return choices
 
 
-def alone(prompts: Sequence[Sequence[int]]) -> list[str]:
-    scheduler = Scheduler(build_runner(ReplicaConfig(page_tokens=16, kv_tokens=8192)))
+def alone(prompts: Sequence[Sequence[int]], device: str = "cpu") -> list[str]:
+    config = ReplicaConfig(device=device, page_tokens=16, kv_tokens=8192)
+    scheduler = Scheduler(build_runner(config))
     answers = []
     for number, prompt in enumerate(prompts):
         job = scheduler.add(number, prompt, Sampling(OUTPUT, ignore_eos=True))
@@ -85,11 +86,15 @@ def alone(prompts: Sequence[Sequence[int]]) -> list[str]:
     ("system", "prefill", "decode"),
     [("disaggregated", 1, 1), ("disaggregated", 2, 2), ("colocated", 0, 0)],
 )
-def test_the_cluster_says_what_one_engine_says(system: str, prefill: int, decode: int) -> None:
+def test_the_cluster_says_what_one_engine_says(
+    system: str, prefill: int, decode: int, device: str
+) -> None:
     """Prefix hits, chunks, hand-overs between processes: not one token changes."""
     prompts = make_prompts(16)
     counts = {"prefill_instances": prefill or 1, "decode_instances": decode or 1}
-    config = a_config(system=system, **counts)
+    # The weights of a seed are others on another device.
+    engine = {"kind": "torch", "kv_tokens": 16384, "page_tokens": 32, "device": device}
+    config = a_config(system=system, engine=engine, **counts)
     # Random weights know no words: ids from 3 on stand for themselves less 3.
     asked = [[token - 3 for token in prompt] for prompt in prompts]
     with live(config, load_profile("tiny-torch-cpu")) as (client, _):
@@ -103,7 +108,7 @@ def test_the_cluster_says_what_one_engine_says(system: str, prefill: int, decode
 
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(ask, asked))
-        assert [answer["choices"][0]["text"] for answer in answers] == alone(prompts)
+        assert [answer["choices"][0]["text"] for answer in answers] == alone(prompts, device)
         again = ask(asked[-1])
         assert again["choices"] == answers[-1]["choices"]
         cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]

@@ -76,30 +76,34 @@ def test_greedy_tokens_are_those_of_transformers(
     wanted: list[list[int]],
     page_tokens: int,
     step_tokens_max: int | None,
+    device: str,
 ) -> None:
     """50 prompts of 1 to 4,000 tokens, batched as they come, whole or in chunks."""
-    runner = build_runner(ReplicaConfig(str(llama), page_tokens=page_tokens, kv_tokens=40960))
+    config = ReplicaConfig(str(llama), device=device, page_tokens=page_tokens, kv_tokens=40960)
+    runner = build_runner(config)
     assert answers(Scheduler(runner, step_tokens_max), asked) == wanted
 
 
 @pytest.mark.parametrize("name", ["llama3-rope", "tied", "qwen2", "qwen3"])
-def test_every_variant_says_what_transformers_says(variants: dict[str, Path], name: str) -> None:
+def test_every_variant_says_what_transformers_says(
+    variants: dict[str, Path], name: str, device: str
+) -> None:
     """Scaled RoPE beyond its original context, a tied head, biases on q k v, norms of q and k."""
     asked = prompts(14, 1200)
     reference = load_reference(variants[name])
-    runner = build_runner(ReplicaConfig(str(variants[name]), page_tokens=16))
+    runner = build_runner(ReplicaConfig(str(variants[name]), device=device, page_tokens=16))
     wanted = [expected(reference, prompt) for prompt in asked]
     assert answers(Scheduler(runner, 300), asked) == wanted
 
 
-def test_bfloat16_differs_from_transformers_by_rounding_only(llama_bf16: Path) -> None:
+def test_bfloat16_differs_from_transformers_by_rounding_only(llama_bf16: Path, device: str) -> None:
     """Each greedy token is transformers' own, or as good: within bfloat16's steps of its best.
 
     Which of two nearly equal logits wins depends on the order of sums, in either library.
     """
     asked = prompts(20, 2000)
     reference = load_reference(llama_bf16, "bfloat16")
-    runner = build_runner(ReplicaConfig(str(llama_bf16), page_tokens=16))
+    runner = build_runner(ReplicaConfig(str(llama_bf16), device=device, page_tokens=16))
     same = total = 0
     for prompt, produced in zip(asked, answers(Scheduler(runner, 300), asked), strict=True):
         with torch.inference_mode():
