@@ -28,6 +28,7 @@ from tests.reference_cluster.byte_peer import (
 KIB, MIB = 1 << 10, 1 << 20
 WHOLE = [Range(0, SIZE)]
 NO_KEYS = ("mooncake",)  # Its engine serves whoever knows an address.
+DONE_WHEN_SENT = ("mooncake",)  # Now and then its engine takes a small write for done too early.
 WRITES_LATE = ("mooncake",)  # Its engine goes on with a read that it gave up.
 NO_HELP_NEEDED = ("shm", "rdma")  # A stopped owner's memory is there for who is connected.
 NO_CONNECTION = ("shm",)
@@ -273,6 +274,8 @@ def test_a_hung_peer_is_left_at_the_deadline(kind: str, what: str, size: int) ->
     """A stopped peer costs a batch its deadline; when it goes on, our memory is left alone."""
     if kind in NO_HELP_NEEDED:
         pytest.skip("needs nothing of the peer's process")
+    if kind in DONE_WHEN_SENT and what == "write" and size < SIZE:
+        pytest.skip("its small writes may be done without the peer")
 
     async def script(own: Own, peer: Peer) -> None:
         assert await is_usable(own, peer)
@@ -305,8 +308,7 @@ def test_a_small_batch_is_cancelled_too(kind: str, what: str) -> None:
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.wait({task})
-        # Mooncake's engine now and then has taken so few bytes for written before the peer stopped.
-        is_done = kind == "mooncake" and what == "write" and not task.cancelled()
+        is_done = kind in DONE_WHEN_SENT and what == "write" and not task.cancelled()
         assert task.cancelled() or (is_done and task.exception() is None)
         peer.go_on()
         assert await is_usable(own, peer)
