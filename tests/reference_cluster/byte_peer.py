@@ -90,7 +90,9 @@ class Peer:
         self.process.wait()
 
     def pause(self) -> None:
+        """Returns when it has stopped: on a busy machine that takes a while."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitpid(self.process.pid, os.WUNTRACED)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
