@@ -89,7 +89,7 @@ class Front:
         self.profile = profile
         self.token = token
         self.directory = directory
-        self.speech = make_speech(config.engine)
+        self.speech = make_speech(config)
         self.on_ready: Callable[[], object] = lambda: None
         self.ids = itertools.count()
         self.cluster: Cluster
@@ -188,7 +188,7 @@ class Front:
         received_s = self.cluster.loop.time()
         try:
             body = parse_body(await read_body(http), is_chat)
-            tokens = self.speech.tokens(body)
+            tokens, sampling = self.speech.tokens(body), self.speech.sampling(body)
             self.check_length(len(tokens), asked_tokens(body))
         except TooLargeError as mistake:
             return error(str(mistake), "invalid_request_error", 413)
@@ -207,7 +207,7 @@ class Front:
             Timeline(received_s),
             sink=listener,
             prompt=self.speech.prompt(tokens),
-            sampling=self.speech.sampling(body),
+            sampling=sampling,
             tenant=body.cache_salt or None,
         )
         if self.publisher is not None:
@@ -245,7 +245,7 @@ class Front:
                 while True:
                     unsent = await listener.wait()
                     # The last token comes with the finish reason: with it its request has ended.
-                    ready = unsent - int(request.status == "finished")
+                    ready = max(0, unsent - int(request.status == "finished"))
                     if ready:
                         texts = self.speech.texts(request.output, sent, ready)
                         yield answer.token_events(cut.all(texts))
@@ -257,7 +257,8 @@ class Front:
                     yield b"data: " + failure(request) + b"\n\n"
                 else:
                     texts = self.speech.texts(request.output, sent, 1)
-                    yield answer.last_events(request, cut.take(texts[0], is_last=True))
+                    text = cut.take("".join(texts), is_last=True)
+                    yield answer.last_events(request, text)
             finally:
                 self.cluster.cancel(request)
 

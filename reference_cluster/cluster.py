@@ -26,6 +26,7 @@ from reference_cluster.replicator import Replicator
 from reference_cluster.reports import Decoding, LoadReports, Queueing
 from reference_cluster.request import OnEnd, Request
 from reference_cluster.samples import Samples
+from reference_cluster.servers import Servers
 from reference_cluster.workers import Workers
 
 
@@ -59,9 +60,11 @@ class Cluster:
         self.index = PrefixIndex(
             config.colocated_instances if is_colocated else config.prefill_groups
         )
-        self.house: Inside | Workers
+        self.house: Inside | Workers | Servers
         if directory is None:
             self.house = Inside(parts, self.index, self.ended)
+        elif config.engine.kind == "vllm":
+            self.house = Servers(parts, self.index, self.ended, directory, self)
         else:
             self.house = Workers(parts, self.index, self.ended, directory, self)
         make = self.house

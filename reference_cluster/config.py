@@ -20,6 +20,7 @@ System = Literal["disaggregated", "colocated"]
 Transport = Literal["modelled", "shm", "tcp", "rdma", "mooncake"]
 Verify = Literal["always", "sampled", "off"]
 Placement = Literal["inside", "processes"]
+Connector = Literal["pool", "nixl", "mooncake", "mooncake-store"]
 
 
 class Slo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,14 +124,35 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What computes the tokens of a live cluster; the simulator's engine is always modelled."""
 
-    kind: Literal["modelled", "torch"] = "modelled"
-    model: str = "tiny"  # A directory with config.json and safetensors, or a preset.
+    kind: Literal["modelled", "torch", "vllm"] = "modelled"
+    model: str = "tiny"  # A directory with config.json and safetensors, or a preset (torch).
     seed: int = 0  # Of a preset's random weights.
     dtype: str | None = None  # float32, bfloat16, float16; None: what the model's config says.
     device: str = "cpu"  # Or cuda:N.
     kv_tokens: int = 65536  # The engine's own KV memory, of each instance.
     page_tokens: int = 128
     native: bool = True  # Decode attention in C on a CPU, where there is a compiler.
+
+
+class VllmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """vLLM as the engine: how its processes are started, or where servers are that run already."""
+
+    connector: Connector = "pool"  # What moves KV from prefill to decode; nothing if colocated.
+    kv_bytes: int = 256 << 20  # vLLM's own KV memory, of each instance.
+    pool_bytes: int = 256 << 20  # Of a worker's share of our pool.
+    max_model_len: int = 8448
+    # Of vLLM's engine, by the names of its Python API; those of a role win over those of all.
+    arguments: dict[str, Any] = {}
+    prefill_arguments: dict[str, Any] = {}
+    decode_arguments: dict[str, Any] = {}
+    launch: tuple[str, ...] = ()  # The Python that has vLLM, and words before it; (): this one.
+    environment: dict[str, str] = {}
+    # Of servers that run already, one an instance (prefill first): nothing is started then.
+    urls: tuple[str, ...] = ()
+    bootstraps: tuple[str, ...] = ()  # With urls: Mooncake's bootstrap server of each prefill one.
+    start_s_max: float = 300.0
+    dead_after_s: float = 10.0  # Without a sign of life a process is killed.
+    answer_s_max: float = 120.0  # An answer that stands still for so long is tried elsewhere.
 
 
 class WorkersConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,6 +196,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: WorkersConfig = WorkersConfig()
     failure: FailureConfig = FailureConfig()
     engine: EngineConfig = EngineConfig()
+    vllm: VllmConfig = VllmConfig()
 
     def __post_init__(self) -> None:
         counts = {
@@ -203,6 +226,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "engine.kv_tokens": self.engine.kv_tokens,
             "engine.page_tokens": self.engine.page_tokens,
             "workers.start_s_max": self.workers.start_s_max,
+            "vllm.kv_bytes": self.vllm.kv_bytes,
+            "vllm.pool_bytes": self.vllm.pool_bytes,
+            "vllm.max_model_len": self.vllm.max_model_len,
+            "vllm.start_s_max": self.vllm.start_s_max,
+            "vllm.dead_after_s": self.vllm.dead_after_s,
+            "vllm.answer_s_max": self.vllm.answer_s_max,
         }
         for name, count in counts.items():
             if count is not None and not count > 0:
@@ -219,7 +248,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, count in may_be_none.items():
             if not count >= 0:
                 raise ValueError(f"{name} is {count}; it must not be negative")
-        if self.network.transport != "modelled" and self.system == "disaggregated":
+        if self.engine.kind == "vllm":
+            self.check_vllm()
+        elif self.network.transport != "modelled" and self.system == "disaggregated":
             self.check_bytes()
         if self.engine.kind == "torch":
             self.check_real_tokens()
@@ -244,6 +275,33 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for what, is_wrong in wrong.items():
             if is_wrong:
                 raise ValueError(f'engine.kind "torch" cannot be had with {what}; change either')
+
+    def check_vllm(self) -> None:
+        """What does not go with vLLM's workers, or is missing; raises ValueError."""
+        is_apart, names = self.system == "disaggregated", self.instance_names
+        by_pool = is_apart and self.vllm.connector == "pool"
+        moves = self.network.transport
+        if by_pool and not self.vllm.urls and moves not in ("shm", "tcp"):
+            raise ValueError(
+                f'network.transport is "{moves}"; vllm.connector "pool" has shm and tcp'
+            )
+        if self.workers.placement != "processes":
+            raise ValueError('engine.kind "vllm" needs workers.placement "processes"')
+        if self.vllm.urls and len(self.vllm.urls) != len(names):
+            raise ValueError(
+                f"vllm.urls has {len(self.vllm.urls)} servers; "
+                f"give {len(names)}: {', '.join(names)}"
+            )
+        if any(not one.startswith(("http://", "https://")) for one in self.vllm.urls):
+            raise ValueError("vllm.urls must begin with http:// or https://")
+        if not (self.vllm.urls or Path(self.engine.model, "config.json").exists()):
+            raise ValueError(
+                f"engine.model is {self.engine.model!r}; vLLM needs a directory with config.json"
+            )
+        if is_apart and self.prefill.nodes_per_group != 1:
+            raise ValueError("prefill.nodes_per_group must be 1 with vLLM")
+        if is_apart and (self.prefill.ssd_tokens or self.prefill.replicate_keys):
+            raise ValueError("vLLM's workers have no prefill.ssd_tokens or replicate_keys")
 
     def check_bytes(self) -> None:
         """What must be said where bytes are moved for real; raises ValueError."""

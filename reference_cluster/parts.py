@@ -81,6 +81,8 @@ class Parts:
     @property
     def dram_blocks(self) -> int:
         """Of one prefill instance's pool: the memory of all nodes of its group."""
+        if self.config.engine.kind == "vllm":
+            return self.blocks_in(self.config.vllm.pool_bytes)
         width = self.config.prefill.nodes_per_group
         tokens = width * (self.config.prefill.dram_tokens or self.profile.dram_kv_tokens)
         return tokens // self.config.block_tokens
@@ -89,6 +91,10 @@ class Parts:
     def capacity_tokens(self) -> int:
         """KV that one instance's device memory has room for."""
         config = self.config
+        if config.engine.kind == "vllm":
+            is_apart = config.system == "disaggregated"
+            given = (config.decode if is_apart else config.colocated).device_tokens
+            return given or (self.blocks_in(config.vllm.kv_bytes) - 1) * config.block_tokens
         if config.system == "disaggregated":
             device_tokens = config.decode.device_tokens or self.profile.device_kv_tokens
             if config.network.transport != "modelled":
@@ -97,6 +103,10 @@ class Parts:
             return device_tokens
         tokens = config.colocated.device_tokens or self.profile.device_kv_tokens
         return tokens // config.block_tokens * config.block_tokens
+
+    def blocks_in(self, size: int) -> int:
+        """Blocks that so many bytes of vLLM's or of its connector's have room for."""
+        return size // (self.config.block_tokens * self.profile.kv_bytes_per_token)
 
     def prefill(
         self,

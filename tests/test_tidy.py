@@ -128,7 +128,7 @@ CLUSTER_LAYERS: tuple[tuple[str, ...], ...] = (
     ("engines", "transports", "kvpool", "messenger", "conductor", "samples", "reports"),
     ("prefill", "decode", "colocated", "replicator"),
     ("parts", "messages", "rpc", "membership", "peers", "worker_memory"),
-    ("inside", "remote", "workers", "carriers", "moves"),
+    ("inside", "remote", "workers", "proxied", "servers", "carriers", "moves"),
     ("recovery",),
     ("cluster", "launch"),
     ("openai_protocol",),

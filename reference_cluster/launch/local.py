@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -103,19 +103,28 @@ class LocalWorkers:
         self.id = f"{os.getpid()}-{secrets.token_hex(3)}"
         self.directory = tempfile.mkdtemp(prefix=f"mcb-{self.id}-")  # Of mode 0700.
         write_cluster(self.directory, config, profile)
-        self.children = [
-            self.child(place, name) for place, name in enumerate(config.instance_names)
-        ]
+        # Servers that have addresses run already.
+        names = [] if config.engine.kind == "vllm" and config.vllm.urls else config.instance_names
+        self.children = [self.child(place, name) for place, name in enumerate(names)]
 
     def child(self, place: int, name: str) -> Child:
-        environment = {}
+        environment: dict[str, str] = {}
+        module, launch = "reference_cluster.worker", [sys.executable]
+        if self.config.engine.kind == "vllm":
+            module = "reference_cluster.launch.vllm"
+            launch = [*self.config.vllm.launch] or launch
+            # Connectors that find blocks by vLLM's hashes need the same ones everywhere.
+            environment = {"PYTHONHASHSEED": "0", **self.config.vllm.environment}
         if place < len(self.config.workers.devices):
             environment["CUDA_VISIBLE_DEVICES"] = self.config.workers.devices[place]
-        return Child(name, self.command("reference_cluster.worker", "--name", name), environment)
+        command = self.command(module, "--name", name, launch=launch)
+        return Child(name, command, environment)
 
-    def command(self, module: str, *arguments: str) -> list[str]:
+    def command(
+        self, module: str, *arguments: str, launch: Sequence[str] = (sys.executable,)
+    ) -> list[str]:
         place = ["--directory", self.directory, "--parent", str(os.getpid())]
-        return [sys.executable, "-m", module, *arguments, *place]
+        return [*launch, "-m", module, *arguments, *place]
 
     def __enter__(self) -> Self:
         for child in self.children:

@@ -8,7 +8,8 @@ room for another meanwhile, or was half written, is seen to be gone and is compu
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 from zlib import crc32
 
 import msgspec
@@ -19,6 +20,13 @@ from reference_cluster.transports.bytes import Endpoint, Range
 
 HEADER = struct.Struct("<8sQI")  # Namespace, key, CRC-32 of the payload.
 HEADER_BYTES = 64  # The payload begins at a cache line.
+
+
+Change = Callable[[Literal["stored", "removed"], Mapping[Block, int]], None]
+
+
+def ignore(change: str, slots: Mapping[Block, int]) -> None:
+    """Nobody follows what is stored."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -36,6 +44,7 @@ class Index:
         self.slots: dict[Block, int] = {}
         self.free = list(range(slots - 1, -1, -1))
         self.filling: dict[Block, None] = {}  # Their bytes are still on their way.
+        self.on_change: Change = ignore
 
     def room(self) -> int:
         """How many blocks could be taken in now."""
@@ -56,11 +65,14 @@ class Index:
             self.evicted((block,))
 
     def stored(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            self.slots[block] = self.free.pop()
+        taken = {block: self.free.pop() for block in blocks}
+        self.slots |= taken
+        self.on_change("stored", taken)
 
     def evicted(self, blocks: Sequence[Block]) -> None:
-        self.free.extend(self.slots.pop(block) for block in blocks)
+        left = {block: self.slots.pop(block) for block in blocks}
+        self.free.extend(left.values())
+        self.on_change("removed", left)
 
     def check_integrity(self) -> None:
         """Raise AssertionError where pool and slots tell different things."""
