@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mooncake_bench.calibrate_command import calibrate
+from mooncake_bench.calibrate.command import calibrate
 from mooncake_bench.gate.command import gate_app
 from mooncake_bench.gate.compare import compare
 from mooncake_bench.gate.errors import GateError

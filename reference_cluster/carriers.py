@@ -7,7 +7,6 @@ its messages.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from reference_cluster.policies.batching import Chunk
 from reference_cluster.request import Block, Request
 from reference_cluster.transports.bytes import Endpoint, Range
 from reference_cluster.transports.modelled import ModelledTransport
-from reference_cluster.worker_memory import WorkerMemory, sampled
+from reference_cluster.worker_memory import Sums, WorkerMemory
 
 COUNTED = (
     "sent_bytes",
@@ -97,6 +96,12 @@ class Carrier(Protocol):
 
     def lend(self, blocks: Sequence[Block]) -> tuple[list[int], list[Range]]:
         """Slots and ranges of blocks that a peer will read; `returned` gives the slots back."""
+
+    async def lent_sums(self, slots: Sequence[int]) -> Sums:
+        """By which the peer can verify what it has read."""
+
+    async def sent_sums(self, request: Request) -> Sums:
+        """By which the decode worker can verify what has been streamed."""
 
     def returned(self, slots: Sequence[int]) -> None: ...
 
@@ -180,6 +185,12 @@ class ModelledCarrier:
     def lend(self, blocks: Sequence[Block]) -> tuple[list[int], list[Range]]:
         return [], []
 
+    async def lent_sums(self, slots: Sequence[int]) -> Sums:
+        return []
+
+    async def sent_sums(self, request: Request) -> Sums:
+        return []
+
     def returned(self, slots: Sequence[int]) -> None:
         """Nothing was lent."""
 
@@ -207,12 +218,11 @@ class BytesCarrier:
             instance.ssd.kept = self.pool_bytes
             instance.ssd.recover()
         self.deadline_s = config.failure.transfer_deadline_s
-        self.rng = random.Random(config.seed)
         self.chains: dict[int, Chain] = {}
         self.sources: dict[int, Brought] = {}
         self.computing: Chain | None = None
         self.counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
-        instance.engine.attach(memory.segment.buffer)
+        instance.engine.attach(memory.segment)
         instance.engine.on_layer = self.write
         self.is_modelled = config.engine.kind == "modelled"
 
@@ -227,7 +237,7 @@ class BytesCarrier:
             return False
         depths = [layers] * len(have) + [0] * len(taken)
         self.computing = Chain(have + taken, depths, stream)
-        self.instance.engine.begin(request, self.computing.slots)
+        self.instance.engine.begin(request, self.computing.slots, len(have))
         self.sources[request.id] = dict(zip(request.blocks, have + taken, strict=True))
         if stream is not None:
             slots.hold(self.computing.slots)
@@ -371,7 +381,7 @@ class BytesCarrier:
                 await self.memory.transport.read(peer, remote, local, self.deadline_s)
             self.counts["fetch_s"] += loop.time() - begun_s
             self.counts["fetched_bytes"] += count * self.memory.slots.block_bytes
-            good = await self.verified(blocks[:count], slots)
+            good = await self.verified(blocks[:count], slots, held.sums)
             is_here = True
         finally:
             if not is_here:
@@ -379,21 +389,22 @@ class BytesCarrier:
         self.memory.slots.give_back(slots[good:])
         return good, dict(zip(blocks[:good], slots[:good], strict=True))
 
-    async def verified(self, blocks: Sequence[Block], slots: Sequence[int]) -> int:
+    async def verified(self, blocks: Sequence[Block], slots: Sequence[int], sums: Sums) -> int:
         """How many leading blocks are taken for right."""
-        if not self.is_modelled:  # What a real engine's bytes must be, nobody else knows.
-            return len(slots)
-        for place in sampled(len(blocks), self.config.network.verify, self.rng):
-            await asyncio.sleep(0)
-            self.counts["verified_blocks"] += 1
-            if self.memory.wrong([blocks[place]], [slots[place]]) is not None:
-                self.counts["mismatched_blocks"] += 1
-                return place
-        return len(blocks)
+        damaged = await self.memory.damaged(blocks, slots, sums)
+        self.counts["verified_blocks"] = self.memory.verified_blocks
+        self.counts["mismatched_blocks"] = self.memory.mismatched_blocks
+        return len(blocks) if damaged is None else damaged
 
     def lend(self, blocks: Sequence[Block]) -> tuple[list[int], list[Range]]:
         slots = self.pool_bytes.get(blocks)
         return slots, [self.memory.slots.range_of(slot) for slot in slots]
+
+    async def lent_sums(self, slots: Sequence[int]) -> Sums:
+        return await self.memory.sums(slots)
+
+    async def sent_sums(self, request: Request) -> Sums:
+        return await self.memory.sums(self.chains[request.id].slots)
 
     def returned(self, slots: Sequence[int]) -> None:
         self.memory.slots.give_back(slots)

@@ -132,6 +132,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_tokens: int = 65536  # The engine's own KV memory, of each instance.
     page_tokens: int = 128
     native: bool = True  # Decode attention in C on a CPU, where there is a compiler.
+    tensor_parallel: int = 1  # Ranks of each instance, a process each, and a device on CUDA hosts.
 
 
 class VllmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -225,6 +226,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "failure.transfer_deadline_s": self.failure.transfer_deadline_s,
             "engine.kv_tokens": self.engine.kv_tokens,
             "engine.page_tokens": self.engine.page_tokens,
+            "engine.tensor_parallel": self.engine.tensor_parallel,
             "workers.start_s_max": self.workers.start_s_max,
             "vllm.kv_bytes": self.vllm.kv_bytes,
             "vllm.pool_bytes": self.vllm.pool_bytes,
@@ -266,7 +268,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         wrong = {
             'workers.placement "inside"': self.workers.placement != "processes",
             'network.transport "modelled"': is_apart and self.network.transport == "modelled",
-            "prefill.ssd_tokens": bool(is_apart and self.prefill.ssd_tokens),
             "colocated.prefix_caching": not is_apart and self.colocated.prefix_caching,
             "a page_tokens that does not divide block_tokens": bool(
                 self.block_tokens % engine.page_tokens

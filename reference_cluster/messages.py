@@ -15,7 +15,7 @@ from reference_cluster.policies.scheduling import Placement
 from reference_cluster.request import GREEDY, Request, Sampling, Sink, Timeline
 from reference_cluster.transports.bytes import Endpoint, Range
 
-VERSION = 4  # Of this file: whoever says hello with another one is turned away.
+VERSION = 5  # Of this file: whoever says hello with another one is turned away.
 
 
 class Message(msgspec.Struct, tag=True, array_like=True):
@@ -243,6 +243,7 @@ class Held(Message):
     ask: int
     count: int
     ranges: list[Range]
+    sums: list[tuple[int, int]] = []  # Places and checksums, of what cannot be verified otherwise.
 
 
 class LetGo(Message):
@@ -270,6 +271,7 @@ class Arrived(Message):
 
     id: int
     stamps: Stamps
+    sums: list[tuple[int, int]] = []  # As Held's.
 
 
 class Abandoned(Message):

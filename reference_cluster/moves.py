@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +45,7 @@ from reference_cluster.prefill import Queued
 from reference_cluster.request import Block, Request
 from reference_cluster.rpc import Office
 from reference_cluster.transports.bytes import Range
-from reference_cluster.worker_memory import WorkerMemory, sampled
+from reference_cluster.worker_memory import Sums, WorkerMemory
 
 QUIET_S = 1.0  # After it a peer that gave up or died has no bytes under way any more.
 log = logging.getLogger(__name__)
@@ -157,11 +156,17 @@ class PrefillEnd:
             self.lend(key)
 
     def lend(self, key: tuple[bytes, int]) -> None:
+        self.group.create_task(self.lending(key), name=f"lend-{key[1]}")
+
+    async def lending(self, key: tuple[bytes, int]) -> None:
         lent = self.lent.get(key)
-        if lent is not None:
-            lent.slots, ranges = self.carrier.lend(lent.blocks)
-            count = len(ranges) if self.carrier.has_bytes else len(lent.blocks)
-            self.worker.office.post(lent.identity, Held(key[1], count, ranges))
+        if lent is None:
+            return
+        lent.slots, ranges = self.carrier.lend(lent.blocks)
+        count = len(ranges) if self.carrier.has_bytes else len(lent.blocks)
+        sums = await self.carrier.lent_sums(lent.slots)
+        if key in self.lent:  # It may have been let go meanwhile.
+            self.worker.office.post(lent.identity, Held(key[1], count, ranges, sums))
 
     def let_go(self, key: tuple[bytes, int]) -> None:
         lent = self.lent.pop(key, None)
@@ -197,8 +202,9 @@ class PrefillEnd:
             room = await peers.ask(decode, lambda ask: Prepare(ask, work), self.deadline_s)
             peer = peers.members[decode].endpoint
             await self.carrier.stream(request, peer, prefill_s, room)
+            sums = await self.carrier.sent_sums(request)
             is_there = True
-            peers.tell(decode, Arrived(request.id, stamps_of(request)))
+            peers.tell(decode, Arrived(request.id, stamps_of(request), sums))
         except (ClusterError, KeyError) as error:
             log.info("hand-over of request %d to %s: %s", request.id, decode, error)
             self.worker.tell(Ended(request.id, "failed", "hand-over", is_retried=True))
@@ -261,12 +267,7 @@ class DecodeEnd:
         self.memory = memory
         self.room = Room(memory) if memory is not None else None
         self.on_arrived = on_arrived
-        # What a real engine's bytes must be, nobody else knows.
-        is_modelled = worker.config.engine.kind == "modelled"
-        self.verify = worker.config.network.verify if is_modelled else "off"
-        self.rng = random.Random(worker.config.seed)
         self.coming: dict[int, bytes] = {}  # Who sends the KV of a request.
-        self.verified_blocks = self.mismatched_blocks = 0
 
     def asked(self, identity: bytes, message: Message) -> None:
         match message:
@@ -299,28 +300,22 @@ class DecodeEnd:
         if self.room is None and request is not None:
             self.on_arrived(request)
         elif self.room is not None and request is not None:
-            self.group.create_task(self.verifying(request), name=f"verify-{request.id}")
+            self.group.create_task(self.verifying(request, message.sums), name=f"verify-{request.id}")
         elif self.room is not None:
             self.room.leave(message.id)
 
-    async def verifying(self, request: Request) -> None:
+    async def verifying(self, request: Request, sums: Sums) -> None:
         """Look at the bytes before anybody decodes with them; then they are in device memory."""
         assert self.memory is not None
         assert self.room is not None
-        slots, wrong = self.room.slots[request.id], None
-        for place in sampled(len(slots), self.verify, self.rng):
-            self.verified_blocks += 1
-            wrong = self.memory.wrong([request.blocks[place]], [slots[place]])
-            if wrong is not None:
-                break
-            await asyncio.sleep(0)
-        if wrong is None:
+        slots = self.room.slots[request.id]
+        damaged = await self.memory.damaged(request.blocks, slots, sums)
+        if damaged is None:
             await self.worker.instance.engine.take_in(request, slots)
         self.room.leave(request.id)
-        if wrong is not None:
-            self.mismatched_blocks += 1
+        if damaged is not None:
             self.worker.requests.pop(request.id, None)
-            log.error("request %d: KV of block %x arrived damaged", request.id, wrong)
+            log.error("request %d: KV of its block %d arrived damaged", request.id, damaged)
             self.worker.tell(Ended(request.id, "failed", "kv-damaged"))
         elif not request.is_cancelled:
             self.on_arrived(request)
@@ -341,11 +336,11 @@ class DecodeEnd:
             self.lost(id)
 
     def counts(self) -> dict[str, float]:
-        return {
-            "coming": len(self.coming),
-            "verified_blocks": self.verified_blocks,
-            "mismatched_blocks": self.mismatched_blocks,
-        }
+        counts: dict[str, float] = {"coming": len(self.coming)}
+        if self.memory is not None:
+            counts["verified_blocks"] = self.memory.verified_blocks
+            counts["mismatched_blocks"] = self.memory.mismatched_blocks
+        return counts
 
     def check_integrity(self) -> None:
         """Raise AssertionError where slots are lost."""

@@ -299,6 +299,9 @@ class PrefillWorker(Worker):
         assert self.memory is not None
         size, profile = self.memory.slots.block_bytes, self.parts.profile
         label = f"{profile.name} {profile.layers} {self.config.block_tokens}"
+        engine = self.config.engine
+        if engine.kind == "torch":  # The same prompt has other KV in another model.
+            label += f" {engine.model} {engine.seed} {engine.dtype}"
         is_direct = self.config.pool.direct_io
         file = SsdFile.open(Path(directory) / self.name, size, label, is_direct)
         speed = profile.ssd_bytes_per_s
@@ -365,7 +368,7 @@ class DecodeWorker(Worker):
         self.end = DecodeEnd(self, group, self.memory, self.arrived)
         self.instance = self.parts.decode(self.id, self.ended)
         if self.memory is not None:
-            self.instance.engine.attach(self.memory.segment.buffer)
+            self.instance.engine.attach(self.memory.segment)
         self.instance.batch.observer = BatchReporter(self)
 
     def give_up(self, request: Request) -> None:

@@ -66,8 +66,7 @@ def is_below(name: str, *parents: str) -> bool:
 MAY_START_A_CLUSTER = (
     "mooncake_bench/cli.py",
     "mooncake_bench/demo.py",
-    "mooncake_bench/calibrate.py",
-    "mooncake_bench/calibrate_command.py",
+    "mooncake_bench/calibrate",
     "mooncake_bench/simulation.py",
     "mooncake_bench/reproduce",
     "mooncake_bench/gate/scenarios.py",

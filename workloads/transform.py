@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -134,6 +135,22 @@ def _fresh_ids(used: pl.Series, cut: pl.Series, suffix: str) -> pl.Series:
     start = max(taken) + 1 if max(taken) + len(cut) <= top else 0
     free = (number for number in range(start, top) if number not in taken)
     return pl.Series([next(free) for _ in cut], dtype=used.dtype)
+
+
+def scale_lengths(trace: Trace, divisor: int) -> Trace:
+    """Inputs, outputs and blocks `divisor` times as short, rounded up: who shares what stays.
+
+    TraceError where blocks cannot be divided so.
+    """
+    if divisor < 1 or trace.block_tokens % divisor:
+        raise TraceError(
+            f"blocks of {trace.block_tokens} tokens cannot be divided by {divisor};"
+            " choose a divisor of them"
+        )
+    lengths = ("input_tokens", "output_tokens")
+    shorter = [((pl.col(name) + divisor - 1) // divisor).alias(name) for name in lengths]
+    changed = trace.changed(trace.frame.with_columns(shorter), f"lengths / {divisor}")
+    return replace(changed, block_tokens=trace.block_tokens // divisor)
 
 
 def sample(trace: Trace, share: float, seed: int) -> Trace:

@@ -9,6 +9,7 @@ from typing import Protocol
 from reference_cluster.policies.batching import Chunk, DecodeBatch
 from reference_cluster.request import Request
 from reference_cluster.spans import Span
+from reference_cluster.transports.bytes import Segment
 
 OnLayer = Callable[[Chunk, int], None]  # This chunk's KV of this layer is computed.
 
@@ -38,11 +39,14 @@ class Engine(Protocol):
     async def mixed(self, start_s: float, batch: DecodeBatch, chunks: Sequence[Chunk]) -> Span:
         """Run one step that decodes the batch and computes the chunks."""
 
-    def attach(self, buffer: memoryview) -> None:
+    def attach(self, segment: Segment) -> None:
         """The worker's registered memory, in slots of one block."""
 
-    def begin(self, request: Request, slots: Sequence[int]) -> None:
-        """A prefill begins whose blocks have bytes: they lie, or will lie, in these slots."""
+    def begin(self, request: Request, slots: Sequence[int], held: int) -> None:
+        """A prefill begins whose blocks have bytes: they lie, or will lie, in these slots.
+
+        The first `held` are complete, and others may be reading them: they stay as they are.
+        """
 
     async def take_in(self, request: Request, slots: Sequence[int]) -> None:
         """A request to decode has its KV in these slots; returns when they are not needed."""

@@ -11,6 +11,7 @@ from reference_cluster.engines.base import OnLayer
 from reference_cluster.policies.batching import Chunk, DecodeBatch
 from reference_cluster.request import Request
 from reference_cluster.spans import Span
+from reference_cluster.transports.bytes import Segment
 
 
 class ModelledEngine:
@@ -90,10 +91,10 @@ class ModelledEngine:
         await self.sleep_until(end_s)
         return Span(start_s, 1, step_s, 0.0, end_s)
 
-    def attach(self, buffer: memoryview) -> None:
+    def attach(self, segment: Segment) -> None:
         """Bytes are a pattern, which the carrier writes."""
 
-    def begin(self, request: Request, slots: Sequence[int]) -> None:
+    def begin(self, request: Request, slots: Sequence[int], held: int) -> None:
         """Nothing is read from slots: time alone is modelled."""
 
     async def take_in(self, request: Request, slots: Sequence[int]) -> None:

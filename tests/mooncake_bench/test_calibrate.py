@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import msgspec
+import polars as pl
 import pytest
 
-from mooncake_bench.calibrate import (
+from mooncake_bench.calibrate.fit import (
     DecodePoint,
     PrefillPoint,
-    ProbePlan,
     as_toml,
     fit_decode,
     fit_prefill,
     fitted_profile,
-    probe,
 )
+from mooncake_bench.calibrate.probe import ProbePlan, probe
+from mooncake_bench.calibrate.served import decode_points, prefill_points, served
+from mooncake_bench.records import RecordsError, read_run
+from mooncake_bench.simulation import as_requests, request_frame, simulate_trace
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import CostModel, Profile, load_profile
+from reference_cluster.simulate import simulate
+from reference_cluster.spans import span_columns
 from tests.reference_cluster.live import live
 from tests.reference_cluster.small import a_config, a_profile
+from workloads.trace import open_trace
 
 
 def test_exact_times_give_their_coefficients_back() -> None:
@@ -58,7 +65,53 @@ def test_a_profile_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(as_toml(profile))
     assert load_profile(path) == profile
-    assert "prefill within 0 % of" in profile.error.replace("0%", "0 %")
+    assert profile.error.startswith("prefill within 0% for nine tenths of 3 prompts")
+
+
+def test_points_far_off_do_not_move_the_fit() -> None:
+    """Of 40 steps of 10 ms three were kept waiting, up to a second: 10 ms it is."""
+    steps = [DecodePoint(1, 100.0, 0.01)] * 37 + [DecodePoint(1, 100.0, s) for s in (0.1, 0.5, 1)]
+    decode = fit_decode(steps)
+    assert decode.base_s + decode.sequence_s + decode.context_token_s * 100 == pytest.approx(
+        0.01, rel=0.02
+    )
+
+
+def a_served_trace() -> tuple[Profile, pl.DataFrame, pl.DataFrame]:
+    """Five busy minutes on 1P+1D in virtual time, as frames of a replay that saw each token."""
+    profile = a_profile(
+        prefill={"base_s": 0.02, "token_s": 1e-5, "token2_s": 1e-10},
+        decode={"base_s": 0.01, "sequence_s": 0.002, "context_token_s": 1e-8},
+        link_bytes_per_s=1e12,
+        device_kv_tokens=10_000_000,
+        dram_kv_tokens=10_000_000,
+    )
+    config: ClusterConfig = msgspec.structs.replace(a_config(), block_tokens=512)
+    requests = as_requests(open_trace("conversation-like:rate_rps=1,duration_s=300"), 1.0)
+    simulate(config, profile, requests, is_step_by_step=True)
+    frame = request_frame(requests).with_columns(sent_s=pl.col("arrival_s"))
+    return profile, frame, pl.DataFrame(span_columns(requests))
+
+
+def test_a_served_run_gives_the_costs_that_it_had() -> None:
+    """Prompts that waited for others, batches that came and went: the profile comes back."""
+    profile, requests, spans = a_served_trace()
+    prefill = fit_prefill(prefill_points(requests))
+    decode = fit_decode(list(decode_points(requests, spans)))
+    assert prefill.base_s == pytest.approx(0.02, rel=0.02)
+    assert prefill.token_s == pytest.approx(1e-5, rel=0.02)
+    assert prefill.token2_s == pytest.approx(1e-10, rel=0.02)
+    assert decode.base_s == pytest.approx(0.01, rel=0.02)
+    assert decode.sequence_s == pytest.approx(0.002, rel=0.02)
+    assert decode.context_token_s == pytest.approx(1e-8, rel=0.05)
+
+
+def test_a_run_without_a_servers_stamps_is_refused(tmp_path: Path) -> None:
+    """A simulated run was served by nobody."""
+    trace = open_trace("conversation-like:rate_rps=1,duration_s=20")
+    simulate_trace(trace, a_config(), a_profile(), tmp_path / "run")
+    with pytest.raises(RecordsError, match="no stamps of a live cluster"):
+        served(read_run(tmp_path / "run"))
 
 
 @pytest.mark.live

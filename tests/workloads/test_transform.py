@@ -21,6 +21,7 @@ from workloads.transform import (
     jitter,
     limit,
     sample,
+    scale_lengths,
     sessions,
     speed,
     window,
@@ -75,6 +76,7 @@ def check_law(trace: Trace) -> None:
             lambda trace: cap_lengths(trace, 2 * BLOCK, 3),
             lambda trace: cap_lengths(trace, 2 * BLOCK + 5),
             lambda trace: cap_lengths(trace, 1),
+            lambda trace: scale_lengths(trace, 2),
             lambda trace: sample(trace, 0.4, 1),
             lambda trace: limit(trace, 7),
         ]
@@ -138,6 +140,7 @@ def test_a_window_counts_from_its_start(make_trace) -> None:
         (lambda trace: sample(trace, 0.5, -1), "seed -1 is negative"),
         (lambda trace: limit(trace, 0), "1 or more"),
         (lambda trace: cap_lengths(trace, 0), "1 or more"),
+        (lambda trace: scale_lengths(trace, 3), "cannot be divided by 3"),
     ],
 )
 def test_wishes_that_cannot_be_are_refused(make_trace, wish, says) -> None:
@@ -189,6 +192,15 @@ def test_a_cut_block_gets_an_id_of_its_own(make_trace) -> None:
     assert cap_lengths(trace, 512).frame["hash_ids"].to_list() == [[1], [1], [1]]
     assert cap_lengths(trace, None, 2).frame["output_tokens"].to_list() == [2, 2, 2]
     assert cap_lengths(trace) is trace
+
+
+def test_shorter_prompts_share_what_they_shared(make_trace) -> None:
+    """At a 64th, 700 tokens of two blocks of 512 are 11 of two blocks of 8: ids stay."""
+    trace = scale_lengths(make_trace((0, 1024, [1, 2]), (5, 700, [1, 3])), 64)
+    assert trace.block_tokens == 8
+    assert trace.frame["input_tokens"].to_list() == [16, 11]
+    assert trace.frame["hash_ids"].to_list() == [[1, 2], [1, 3]]
+    assert trace.transforms == ("lengths / 64",)
 
 
 def test_fresh_ids_avoid_the_end_of_the_range(make_trace) -> None:

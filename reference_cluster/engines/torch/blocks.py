@@ -91,6 +91,7 @@ class Moves:
     slots: Sequence[int]  # One a block of the prompt, in order.
     tokens: int  # Of the prompt.
     reused_tokens: int = 0
+    held: int = 0  # Of the blocks so many are complete, and read by others: they are not written.
     is_storing: bool = True
     wait_layer: Callable[[int], None] = nothing
     store_layer: Callable[[int], None] = nothing
@@ -102,7 +103,8 @@ class Moves:
 
     def after(self, layer: int, pages: Sequence[int], start: int, end: int) -> None:
         if self.is_storing:
-            self.blocks.save(layer, self.slots, pages, start, min(end, self.tokens))
+            first = max(start, self.held * self.blocks.block_tokens)
+            self.blocks.save(layer, self.slots, pages, first, min(end, self.tokens))
             self.store_layer(layer)
 
 

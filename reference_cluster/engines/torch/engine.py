@@ -17,14 +17,16 @@ import torch
 
 from reference_cluster.config import EngineConfig
 from reference_cluster.engines.base import OnLayer
-from reference_cluster.engines.torch.blocks import KvBlocks, Moves, load_all
-from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner
-from reference_cluster.engines.torch.runner import Tokens, Work
+from reference_cluster.engines.torch.ranks import first_rank
+from reference_cluster.engines.torch.replica import ReplicaConfig
+from reference_cluster.engines.torch.runner import Runner, Tokens
 from reference_cluster.engines.torch.sampling import has_stopped
+from reference_cluster.engines.torch.sequences import Attach, Begin, Drop, Load, Step
 from reference_cluster.engines.torch.tokenizer import speaker
 from reference_cluster.policies.batching import Chunk, DecodeBatch
 from reference_cluster.request import Request
 from reference_cluster.spans import Span
+from reference_cluster.transports.bytes import Segment
 
 
 def replica_of(config: EngineConfig) -> ReplicaConfig:
@@ -35,7 +37,8 @@ def replica_of(config: EngineConfig) -> ReplicaConfig:
         config.device,
         config.kv_tokens,
         config.page_tokens,
-        native=config.native,
+        config.tensor_parallel,
+        config.native,
     )
 
 
@@ -51,72 +54,68 @@ class TorchEngine:
 
     def __init__(self, config: ReplicaConfig, block_tokens: int) -> None:
         torch.set_num_threads(1)
-        self.runner = build_runner(config)
+        self.sequences, self.followers = first_rank(config, block_tokens)
+        self.sequences.on_stored = self.stored
         self.block_tokens = block_tokens
         self.say = speaker(config.directory)  # The text in which stop strings are found.
         self.loop = asyncio.get_running_loop()
         self.thread = ThreadPoolExecutor(1, "torch engine")
-        self.sequences: dict[int, Tokens] = {}
-        self.blocks: KvBlocks | None = None
-        self.slots: dict[int, Sequence[int]] = {}  # Of the prompts under way.
+        # Of the prompts under way: their slots, and how many of them are complete.
+        self.slots: dict[int, tuple[Sequence[int], int]] = {}
+        self.computing: dict[int, Chunk] = {}  # In the step under way.
         self.on_layer: OnLayer | None = None
         self.freed = asyncio.Event()
         self.lag_s_max = 0.0  # Nothing is modelled: steps take what they take.
         gc.freeze()  # Weights and modules never become garbage: steps need not look at them.
 
     @property
+    def runner(self) -> Runner:
+        return self.sequences.runner
+
+    @property
     def block_bytes(self) -> int:
         model = self.runner.model
         return self.block_tokens * model.config.kv_bytes(self.runner.cache.kv.dtype.itemsize)
 
-    def attach(self, buffer: memoryview) -> None:
-        """The worker's registered memory, in slots of one block."""
-        model, cache = self.runner.model, self.runner.cache
-        self.blocks = KvBlocks(buffer, model.config, cache.kv.dtype, self.block_tokens, cache)
+    def attach(self, segment: Segment) -> None:
+        self.followers.tell(Attach(segment.name))
+        self.sequences.attach(segment.buffer)
+
+    @property
+    def has_blocks(self) -> bool:
+        return self.sequences.blocks is not None
 
     async def submit(self, work: Callable[[], Result]) -> Result:
         return await self.loop.run_in_executor(self.thread, work)
 
     # ---- prefill -----------------------------------------------------------------------------
 
-    def begin(self, request: Request, slots: Sequence[int]) -> None:
+    def begin(self, request: Request, slots: Sequence[int], held: int) -> None:
         """A prefill begins: its blocks lie, or will lie, in these slots."""
-        self.slots[request.id] = slots
+        self.slots[request.id] = slots, held
 
     async def prefill(self, start_s: float, chunk: Chunk) -> float:
         # Without slots for it (memory ran short) the request is given up already.
-        if self.blocks is None or chunk.request.id in self.slots:
+        if not self.has_blocks or chunk.request.id in self.slots:
             await self.step([chunk], [])
         return self.loop.time()
 
     def drained_s(self, end_s: float) -> float:
         return end_s
 
-    def first_chunk(self, chunk: Chunk) -> Tokens:
-        """Make the sequence; its first chunk loads what is reused."""
-        request = chunk.request
-        tokens = Tokens(list(request.prompt), request.input_tokens, request.sampling)
-        slots = self.slots.get(request.id)
-        if self.blocks is not None and slots is not None:
-            tokens.moves = Moves(self.blocks, slots, request.input_tokens, request.reused_tokens)
-            tokens.computed = request.reused_tokens
+    def begun(self, request: Request) -> Begin:
+        """In the engine's thread: a prompt's first chunk is about to be computed."""
+        slots, held = self.slots.get(request.id, (None, 0))
         # Only what is decoded here needs room for its answer.
-        answer = request.output_tokens if self.blocks is None else 1
-        is_room = self.runner.cache.grow(tokens.pages, request.input_tokens + answer)
-        assert is_room, f"{request.input_tokens} tokens, {self.runner.cache.free_tokens} free"
-        self.sequences[request.id] = tokens
-        return tokens
+        answer = 1 if self.has_blocks else request.output_tokens
+        room_tokens = request.input_tokens + answer
+        prompt, reused = request.prompt, request.reused_tokens
+        return Begin(request.id, prompt, reused, room_tokens, request.sampling, slots, held)
 
-    def work_of(self, chunk: Chunk) -> Work:
-        tokens = self.sequences.get(chunk.request.id) or self.first_chunk(chunk)
-        if tokens.moves is not None:
-            tokens.moves.store_layer = partial(self.stored, chunk)
-        return Work(tokens, chunk.end - chunk.start)
-
-    def stored(self, chunk: Chunk, layer: int) -> None:
+    def stored(self, id: int, layer: int) -> None:
         """In the engine's thread: the chunk's bytes of this layer are in their slots."""
         if self.on_layer is not None:
-            self.loop.call_soon_threadsafe(self.on_layer, chunk, layer)
+            self.loop.call_soon_threadsafe(self.on_layer, self.computing[id], layer)
 
     # ---- decode ------------------------------------------------------------------------------
 
@@ -131,17 +130,10 @@ class TorchEngine:
             await self.freed.wait()
 
     def load(self, request: Request, slots: Sequence[int]) -> bool:
-        assert self.blocks is not None
-        count = request.input_tokens
-        # Nobody computes the prompt again: how long it was is enough.
-        ids = [0] * count + request.output
-        tokens = Tokens(ids, count, request.sampling, computed=count)
-        if not self.runner.cache.grow(tokens.pages, request.kv_tokens):
-            return False
-        moves = Moves(self.blocks, slots, count)
-        load_all(moves, tokens.pages, count, self.runner.model.config.layers)
-        self.sequences[request.id] = tokens
-        return True
+        asked = request.input_tokens, request.kv_tokens, request.output, request.sampling
+        load = Load(request.id, *asked, slots)
+        self.followers.tell(load)
+        return self.sequences.load(load)
 
     async def decode(self, start_s: float, batch: DecodeBatch, until: asyncio.Event) -> Span:
         return await self.mixed(start_s, batch, [])
@@ -166,17 +158,18 @@ class TorchEngine:
         self, chunks: Sequence[Chunk], decodes: Sequence[Request]
     ) -> list[tuple[Request, int, bool]]:
         """In the engine's thread: tokens, and whether one ends its answer by what it says."""
-        works = [self.work_of(chunk) for chunk in chunks]
-        decoding = [self.sequences[request.id] for request in decodes]
-        asking = {id(one) for one in self.runner.run(works, decoding)}
         requests = [*(chunk.request for chunk in chunks), *decodes]
-        sequences = [*(work.tokens for work in works), *decoding]
-        pairs = zip(requests, sequences, strict=True)
-        return [
-            (request, one.ids[-1], self.is_last(request, one))
-            for request, one in pairs
-            if id(one) in asking
-        ]
+        self.computing = {chunk.request.id: chunk for chunk in chunks}
+        known = self.sequences.held
+        step = Step(
+            [self.begun(chunk.request) for chunk in chunks if chunk.request.id not in known],
+            [(chunk.request.id, chunk.end - chunk.start) for chunk in chunks],
+            [request.id for request in decodes],
+        )
+        self.followers.tell(step)
+        asking = self.sequences.step(step)
+        given = [(request, known[request.id]) for request in requests if request.id in asking]
+        return [(request, one.ids[-1], self.is_last(request, one)) for request, one in given]
 
     def is_last(self, request: Request, tokens: Tokens) -> bool:
         """Only strings are looked for in the whole answer, which began before a resumed one."""
@@ -189,14 +182,14 @@ class TorchEngine:
         self.thread.submit(self.drop, request.id)
 
     def drop(self, id: int) -> None:
-        tokens = self.sequences.pop(id, None)
         self.slots.pop(id, None)
-        if tokens is not None:
-            self.runner.forget(tokens)
+        self.followers.tell(Drop(id))
+        self.sequences.drop(id)
         self.loop.call_soon_threadsafe(self.freed.set)
 
     def close(self) -> None:
         """Wait for the step under way: it may write to registered memory, which is let go here."""
         self.thread.shutdown(cancel_futures=True)
-        self.sequences.clear()
-        self.blocks = None
+        self.followers.close()
+        self.sequences.held.clear()
+        self.sequences.blocks = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+import msgspec
 import torch.distributed
 from torch import Tensor
 
@@ -27,6 +28,9 @@ def join(config: ReplicaConfig, rank: int, address: str) -> Runner:
     """
     if not 0 <= rank < config.tensor_parallel:
         raise ConfigError(f"rank {rank} of tensor_parallel {config.tensor_parallel}; start fewer")
+    if config.device.startswith("cuda"):  # A device each, from the one that is named on.
+        first = int(config.device.partition(":")[2] or 0)
+        config = msgspec.structs.replace(config, device=f"cuda:{first + rank}")
     distributed: Any = torch.distributed
     distributed.init_process_group(
         "gloo" if config.device == "cpu" else "nccl",
@@ -41,6 +45,12 @@ def join(config: ReplicaConfig, rank: int, address: str) -> Runner:
         return x
 
     return build_runner(config, Share(rank, config.tensor_parallel), all_reduce)
+
+
+def all_wait() -> None:
+    """Return when all ranks have called it."""
+    distributed: Any = torch.distributed
+    distributed.barrier()
 
 
 def leave() -> None:

@@ -8,8 +8,10 @@ import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test-torch")
@@ -21,7 +23,7 @@ from reference_cluster.cost_model import load_profile  # noqa: E402
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner  # noqa: E402
 from reference_cluster.engines.torch.scheduler import Scheduler  # noqa: E402
 from reference_cluster.request import Sampling  # noqa: E402
-from tests.reference_cluster.live import live  # noqa: E402
+from tests.reference_cluster.live import live, wait_until  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.live]
 OUTPUT = 6
@@ -36,7 +38,7 @@ def a_config(**fields: Any) -> ClusterConfig:
         "colocated_instances": 1,
         "prefill": {"dram_tokens": 32768, "chunk_tokens": 256},
         "pool": {"working_tokens": 16384},
-        "network": {"transport": "shm"},
+        "network": {"transport": "shm", "verify": "always"},
         "engine": {"kind": "torch", "kv_tokens": 16384, "page_tokens": 32},
         "colocated": {"device_tokens": 8192, "batching": "chunked", "step_tokens_max": 400},
         "slo": {"ttft_s": 60.0, "tbt_s": 5.0},
@@ -113,6 +115,57 @@ def test_the_cluster_says_what_one_engine_says(
         assert again["choices"] == answers[-1]["choices"]
         cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert cached == (len(asked[-1]) - 1 if system == "disaggregated" else 0)
+
+
+def ask_all(client: httpx.Client, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """One after another; ids from 3 on stand for themselves less 3."""
+    answers = []
+    for prompt in prompts:
+        body = {"prompt": [token - 3 for token in prompt], "max_tokens": OUTPUT}
+        response = client.post("/v1/completions", json={**body, "ignore_eos": True}, timeout=60.0)
+        assert response.status_code == 200, response.text
+        answers.append(response.json())
+    return answers
+
+
+def said(answers: Sequence[dict[str, Any]]) -> list[str]:
+    return [answer["choices"][0]["text"] for answer in answers]
+
+
+def counted(client: httpx.Client, count: str) -> float:
+    return float(sum(row.get(count, 0) for row in client.get("/cluster/info").json()["workers"]))
+
+
+def test_every_block_is_verified_where_it_decodes() -> None:
+    """By its sender's checksum, reused ones too: nobody else knows what a model computes."""
+    prompts = make_prompts(6)
+    blocks = sum(-(-len(prompt) // 64) for prompt in prompts)
+    with live(a_config(), load_profile("tiny-torch-cpu")) as (client, _):
+        ask_all(client, prompts)
+        wait_until(lambda: counted(client, "verified_blocks") == blocks)
+        assert counted(client, "mismatched_blocks") == 0
+
+
+def test_ranks_of_a_tensor_parallel_worker_say_what_one_engine_says() -> None:
+    """Two processes an instance, each with half of the heads: the same tokens, the same bytes."""
+    prompts = make_prompts(6)
+    engine = {"kind": "torch", "kv_tokens": 16384, "page_tokens": 32, "tensor_parallel": 2}
+    with live(a_config(engine=engine), load_profile("tiny-torch-cpu")) as (client, _):
+        assert said(ask_all(client, prompts)) == alone(prompts)
+        assert counted(client, "mismatched_blocks") == 0
+
+
+def test_what_the_pool_lets_go_comes_back_from_its_file(tmp_path: Path) -> None:
+    """DRAM for 1,024 tokens, prompts of 700: the first is asked again when it has sunk to SSD."""
+    numbers = random.Random(7)
+    prompts = [[numbers.randrange(3, 4096) for _ in range(700)] for _ in range(4)]
+    prefill = {"dram_tokens": 1024, "chunk_tokens": 256, "ssd_tokens": 32768}
+    pool = {"working_tokens": 16384, "ssd_directory": str(tmp_path)}
+    config = a_config(prefill=prefill, pool=pool)
+    with live(config, load_profile("tiny-torch-cpu")) as (client, _):
+        answers = ask_all(client, [*prompts, prompts[0]])
+    assert said(answers) == alone([*prompts, prompts[0]])
+    assert answers[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 699
 
 
 def test_one_token_and_streams(tmp_path: object) -> None:

@@ -1,4 +1,4 @@
-"""What does this endpoint cost? Probes it, fits the cost model, and says how well it fits.
+"""What does this endpoint cost, asked from outside?
 
 A probe is seen from outside, so that whatever stands between client and engine (HTTP, hand-over)
 is part of the base times, as it is of every request.
@@ -10,19 +10,15 @@ import asyncio
 import random
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
+from mooncake_bench.calibrate.fit import DecodePoint, PrefillPoint
 from mooncake_bench.replay.errors import ReplayError
-from reference_cluster.cost_model import CostModel, DecodeCost, PrefillCost, Profile
 
 FIRST_TOKEN, PAST_TOKEN = 1000, 31_000  # Plain ids of any usual vocabulary.
-Floats = npt.NDArray[np.float64]
 
 
 class ProbePlan(msgspec.Struct, frozen=True):
@@ -35,20 +31,6 @@ class ProbePlan(msgspec.Struct, frozen=True):
     steps: int = 32
     repeats: int = 5
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillPoint:
-    input_tokens: int
-    reused_tokens: int
-    ttft_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePoint:
-    batch: int
-    context_tokens: float  # Of all sequences together, in the middle of the steps.
-    step_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,85 +143,3 @@ class Prober:
         if not came:
             raise ReplayError(f"{self.client.base_url}: an answer without tokens; see its log")
         return Heard(came, cached)
-
-
-# ---- fitting ---------------------------------------------------------------------------------
-
-
-def fit_prefill(points: Sequence[PrefillPoint]) -> PrefillCost:
-    """base + token (n-p) + token2 (n^2-p^2) + reused p, none negative, least relative squares."""
-    n = np.array([point.input_tokens for point in points], dtype=np.float64)
-    p = np.array([point.reused_tokens for point in points], dtype=np.float64)
-    seconds = np.array([point.ttft_s for point in points])
-    columns = np.stack([np.ones_like(n), n - p, n * n - p * p, p], axis=1)
-    base_s, token_s, token2_s, reused_s = fit(columns, seconds)
-    return PrefillCost(base_s, token_s, token2_s, reused_s)
-
-
-def fit_decode(points: Sequence[DecodePoint]) -> DecodeCost:
-    """base + sequence B + context C, none negative, least relative squares."""
-    batch = np.array([point.batch for point in points], dtype=np.float64)
-    context = np.array([point.context_tokens for point in points])
-    columns = np.stack([np.ones_like(batch), batch, context], axis=1)
-    return DecodeCost(*fit(columns, np.array([point.step_s for point in points])))
-
-
-def fit(columns: Floats, seconds: Floats) -> list[float]:
-    """Coefficients >= 0: the most negative one goes to zero until there is none."""
-    weighted = columns / seconds[:, None]
-    kept = [number for number in range(columns.shape[1]) if weighted[:, number].any()]
-    while True:
-        found, *_ = np.linalg.lstsq(weighted[:, kept], np.ones(len(seconds)), rcond=None)
-        worst = int(np.argmin(found))
-        if found[worst] >= 0 or len(kept) == 1:
-            break
-        del kept[worst]
-    coefficients = [0.0] * columns.shape[1]
-    for number, value in zip(kept, found, strict=True):
-        coefficients[number] = max(0.0, float(value))
-    return coefficients
-
-
-def fitted_profile(
-    base: Profile,
-    name: str,
-    url: str,
-    prefills: Sequence[PrefillPoint],
-    decodes: Sequence[DecodePoint],
-) -> Profile:
-    """The base profile's sizes with fitted times; its `error` is that of the fit."""
-    profile = msgspec.structs.replace(
-        base, name=name, prefill=fit_prefill(prefills), decode=fit_decode(decodes)
-    )
-    cost = CostModel(profile)
-    first = [
-        abs(cost.prefill_s(one.input_tokens, one.reused_tokens) / one.ttft_s - 1)
-        for one in prefills
-    ]
-    steps = [
-        abs(cost.step_s(one.batch, round(one.context_tokens)) / one.step_s - 1) for one in decodes
-    ]
-    error = (
-        f"prefill within {max(first):.0%} of the probes (median {statistics.median(first):.0%}), "
-        f"a decode step within {max(steps):.0%} (median {statistics.median(steps):.0%})"
-    )
-    source = f"probes of {url}: {len(prefills)} prefills, {len(decodes)} decode batches"
-    return msgspec.structs.replace(
-        profile,
-        source=source,
-        error=error,
-        prefill_error=max(first),
-        decode_error=max(steps),
-    )
-
-
-def as_toml(profile: Profile) -> str:
-    """As `reference_cluster/profiles/*.toml` are written, and read."""
-    flat, sections = [], []
-    for key, value in msgspec.to_builtins(profile).items():
-        if isinstance(value, dict):
-            lines = [f"{name} = {one!r}" for name, one in value.items()]
-            sections.append("\n".join(["", f"[{key}]", *lines]))
-        else:
-            flat.append(f"{key} = {msgspec.json.encode(value).decode()}")
-    return "\n".join([*flat, *sections, ""])
