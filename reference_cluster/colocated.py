@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from reference_cluster.blocks import reusable_tokens
@@ -17,7 +17,7 @@ from reference_cluster.policies.batching import Chunk, DecodeBatch, fill_step
 from reference_cluster.policies.scheduling import Placement
 from reference_cluster.policies.view import LOST_TOKENS, DecodeView
 from reference_cluster.reports import BatchLoad, LoadChanged, nobody
-from reference_cluster.request import Request
+from reference_cluster.request import Block, Request
 
 
 @dataclass(slots=True)
@@ -120,6 +120,7 @@ class ColocatedInstance(ColocatedLoad):
         super().__init__(id, cost, block_tokens, pool.capacity)
         self.engine = engine
         self.pool: BlockPool = pool
+        self.on_evicted, pool.on_evicted = pool.on_evicted, self.evicted
         self.config = config
         self.on_end = on_end
         self.on_started = on_started  # Its prefill begins; the first token is told to its sink.
@@ -133,7 +134,11 @@ class ColocatedInstance(ColocatedLoad):
 
     def detach(self) -> None:
         super().detach()
-        self.pool.on_stored = self.pool.on_evicted = ignore
+        self.pool.on_stored = self.on_evicted = ignore
+
+    def evicted(self, blocks: Sequence[Block]) -> None:
+        self.engine.evict(blocks)
+        self.on_evicted(blocks)
 
     def accept(self, request: Request, placement: Placement) -> None:
         self.waiting.append(request)
@@ -187,6 +192,8 @@ class ColocatedInstance(ColocatedLoad):
         if not self.config.prefix_caching:
             return 0
         held = self.pool.match(request.blocks)
+        if self.engine.keeps_whole_blocks:
+            held = min(held, (request.input_tokens - 1) // self.block_tokens)
         self.pool.pin(request.blocks[:held])
         reused = reusable_tokens(held, request.input_tokens, self.block_tokens)
         request.reused_tokens = request.prefilled_tokens = reused
@@ -259,13 +266,16 @@ class ColocatedInstance(ColocatedLoad):
     def keep_for_others(self, request: Request) -> None:
         """With prefix caching a computed prompt can be reused at once: name its blocks."""
         if self.config.prefix_caching:
-            memory = self.memory[request.id]
-            fresh = request.blocks[memory.pinned :]
+            memory, kept = self.memory[request.id], len(request.blocks)
+            if self.engine.keeps_whole_blocks:
+                kept = request.input_tokens // self.block_tokens
+            fresh = request.blocks[memory.pinned : kept]
             self.pool.release(len(fresh))
             stored = self.pool.store_pinned(fresh)
             assert stored == len(fresh), "the room was just released"
             memory.reserved -= stored
             memory.pinned += stored
+            self.engine.keep(request, request.blocks[:kept])
 
     def leave(self, request: Request) -> None:
         """Give its device memory back; named blocks stay for others while there is room."""

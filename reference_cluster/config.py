@@ -268,7 +268,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         wrong = {
             'workers.placement "inside"': self.workers.placement != "processes",
             'network.transport "modelled"': is_apart and self.network.transport == "modelled",
-            "colocated.prefix_caching": not is_apart and self.colocated.prefix_caching,
             "a page_tokens that does not divide block_tokens": bool(
                 self.block_tokens % engine.page_tokens
             ),

@@ -300,7 +300,9 @@ class DecodeEnd:
         if self.room is None and request is not None:
             self.on_arrived(request)
         elif self.room is not None and request is not None:
-            self.group.create_task(self.verifying(request, message.sums), name=f"verify-{request.id}")
+            self.group.create_task(
+                self.verifying(request, message.sums), name=f"verify-{request.id}"
+            )
         elif self.room is not None:
             self.room.leave(message.id)
 

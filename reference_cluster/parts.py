@@ -70,6 +70,14 @@ class Parts:
                 f"{self.profile.kv_bytes_per_token} KV bytes a token, the model {layers} and "
                 f"{block_bytes // self.config.block_tokens}; use the model's own profile"
             )
+        if (
+            self.config.system == "colocated"
+            and self.capacity_tokens > self.config.engine.kv_tokens
+        ):
+            raise ConfigError(
+                f"colocated.device_tokens {self.capacity_tokens} exceed engine.kv_tokens "
+                f"{self.config.engine.kv_tokens}; give the engine more, or the instance less"
+            )
         return engine
 
     @property

@@ -55,8 +55,8 @@ def decode_points(requests: pl.DataFrame, spans: pl.DataFrame) -> Iterator[Decod
         steps_of(of, gaps.filter(pl.col("decode") == name))
         for (name,), of in requests.group_by("decode", maintain_order=True)
     ]
-    for (batch,), steps in pl.concat(parts).sort("batch", "context").group_by(
-        "batch", maintain_order=True
+    for (batch,), steps in (
+        pl.concat(parts).sort("batch", "context").group_by("batch", maintain_order=True)
     ):
         bins = min(CONTEXTS, steps.height // STEPS_MIN)
         for number in range(bins):
@@ -78,9 +78,7 @@ def steps_of(requests: pl.DataFrame, gaps: pl.DataFrame) -> pl.DataFrame:
     came = so_far(tokens_s, np.ones(len(tokens_s)), middle_s)
     batch = so_far(joined_s, ones, middle_s) - so_far(left_s, ones, middle_s)
     context = so_far(joined_s, prompt, middle_s) + came - so_far(left_s, whole, middle_s)
-    frame = pl.DataFrame(
-        {"batch": batch.astype(np.int64), "context": context, "step_s": lengths_s}
-    )
+    frame = pl.DataFrame({"batch": batch.astype(np.int64), "context": context, "step_s": lengths_s})
     return frame.filter(~gaps["is_first"], pl.col("batch") > 0, pl.col("step_s") > 0)
 
 

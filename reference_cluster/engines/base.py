@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from reference_cluster.policies.batching import Chunk, DecodeBatch
-from reference_cluster.request import Request
+from reference_cluster.request import Block, Request
 from reference_cluster.spans import Span
 from reference_cluster.transports.bytes import Segment
 
@@ -20,6 +20,10 @@ class Engine(Protocol):
     A real engine ignores `start_s` and measures; a modelled one counts from it, so that late
     wake-ups of a live loop do not add up.
     """
+
+    # Are prompts in device memory kept as whole blocks only, and their last token always computed
+    # in a block of its own?
+    keeps_whole_blocks: bool
 
     async def prefill(self, start_s: float, chunk: Chunk) -> float:
         """Compute one chunk; returns when the next can begin."""
@@ -50,6 +54,12 @@ class Engine(Protocol):
 
     async def take_in(self, request: Request, slots: Sequence[int]) -> None:
         """A request to decode has its KV in these slots; returns when they are not needed."""
+
+    def keep(self, request: Request, blocks: Sequence[Block]) -> None:
+        """These leading blocks of a prompt stay in device memory for others, until `evict`."""
+
+    def evict(self, blocks: Sequence[Block]) -> None:
+        """Nobody will ask for these again."""
 
     def forget(self, request: Request) -> None:
         """Nothing more will be computed of it, here."""

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from reference_cluster.cost_model import CostModel
 from reference_cluster.engines.base import OnLayer
 from reference_cluster.policies.batching import Chunk, DecodeBatch
-from reference_cluster.request import Request
+from reference_cluster.request import Block, Request
 from reference_cluster.spans import Span
 from reference_cluster.transports.bytes import Segment
 
 
 class ModelledEngine:
     """An engine without a GPU. `steps_max=1` gives the tokens of each step as they come (live)."""
+
+    keeps_whole_blocks = False
 
     def __init__(self, cost: CostModel, steps_max: int | None = None) -> None:
         self.cost = cost
@@ -99,6 +101,12 @@ class ModelledEngine:
 
     async def take_in(self, request: Request, slots: Sequence[int]) -> None:
         """Device memory is counted by the instance; there are no pages to fill."""
+
+    def keep(self, request: Request, blocks: Sequence[Block]) -> None:
+        """The instance's pool knows."""
+
+    def evict(self, blocks: Sequence[Block]) -> None:
+        """The instance's pool knows."""
 
     def forget(self, request: Request) -> None:
         """Nothing was remembered."""

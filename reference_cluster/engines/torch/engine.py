@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,10 +21,18 @@ from reference_cluster.engines.torch.ranks import first_rank
 from reference_cluster.engines.torch.replica import ReplicaConfig
 from reference_cluster.engines.torch.runner import Runner, Tokens
 from reference_cluster.engines.torch.sampling import has_stopped
-from reference_cluster.engines.torch.sequences import Attach, Begin, Drop, Load, Step
+from reference_cluster.engines.torch.sequences import (
+    Attach,
+    Begin,
+    Drop,
+    Evict,
+    Keep,
+    Load,
+    Step,
+)
 from reference_cluster.engines.torch.tokenizer import speaker
 from reference_cluster.policies.batching import Chunk, DecodeBatch
-from reference_cluster.request import Request
+from reference_cluster.request import Block, Request
 from reference_cluster.spans import Span
 from reference_cluster.transports.bytes import Segment
 
@@ -42,6 +50,11 @@ def replica_of(config: EngineConfig) -> ReplicaConfig:
     )
 
 
+def keys(blocks: Sequence[Block]) -> Sequence[int]:
+    """Those of a live cluster are integers."""
+    return blocks  # type: ignore[return-value]
+
+
 Result = TypeVar("Result")
 
 
@@ -51,6 +64,8 @@ class TorchEngine:
     A request's pages are reserved whole when it comes, as the instances reserve device memory, so
     that running out of them is a matter of admission: it waits, with its KV in the worker's slots.
     """
+
+    keeps_whole_blocks = True  # Pages are shared, and what is shared is not written.
 
     def __init__(self, config: ReplicaConfig, block_tokens: int) -> None:
         torch.set_num_threads(1)
@@ -110,7 +125,8 @@ class TorchEngine:
         answer = 1 if self.has_blocks else request.output_tokens
         room_tokens = request.input_tokens + answer
         prompt, reused = request.prompt, request.reused_tokens
-        return Begin(request.id, prompt, reused, room_tokens, request.sampling, slots, held)
+        kept = () if self.has_blocks else keys(request.blocks[: reused // self.block_tokens])
+        return Begin(request.id, prompt, reused, room_tokens, request.sampling, slots, held, kept)
 
     def stored(self, id: int, layer: int) -> None:
         """In the engine's thread: the chunk's bytes of this layer are in their slots."""
@@ -176,6 +192,16 @@ class TorchEngine:
         wish, ends = request.sampling, self.runner.model.config.end_tokens
         said = [*request.said, *tokens.produced] if wish.stop else tokens.ids[-1:]
         return has_stopped(said, wish, ends, self.say)
+
+    def keep(self, request: Request, blocks: Sequence[Block]) -> None:
+        self.thread.submit(self.tell, Keep(request.id, keys(blocks)), self.sequences.keep)
+
+    def evict(self, blocks: Sequence[Block]) -> None:
+        self.thread.submit(self.tell, Evict(keys(blocks)), self.sequences.evict)
+
+    def tell(self, command: Any, do: Callable[[Any], None]) -> None:
+        self.followers.tell(command)
+        do(command)
 
     def forget(self, request: Request) -> None:
         """It ends here, one way or the other: its pages go back after the step under way."""

@@ -43,6 +43,7 @@ class PagedCache:
         # From a token's first row to the rows of its keys and values of all heads.
         self.row_offsets = torch.cat([heads, heads + self.layer_rows.shape[1] // 2])
         self.free = list(range(pages))  # A heap.
+        self.shared: dict[int, int] = {}  # Pages with more than one user: how many more.
 
     @property
     def free_tokens(self) -> int:
@@ -59,9 +60,18 @@ class PagedCache:
         held.extend(heapq.heappop(self.free) for _ in range(missing))
         return True
 
+    def share(self, held: Sequence[int]) -> None:
+        """One more user of each, who gives them back."""
+        for page in held:
+            self.shared[page] = self.shared.get(page, 0) + 1
+
     def give_back(self, held: list[int]) -> None:
         for page in held:
-            heapq.heappush(self.free, page)
+            others = self.shared.pop(page, 0)
+            if others > 1:
+                self.shared[page] = others - 1
+            elif not others:
+                heapq.heappush(self.free, page)
         held.clear()
 
     def first_row(self, page: int, position: int) -> int:

@@ -16,7 +16,16 @@ import torch
 
 from reference_cluster.engines.torch.parallel import all_wait, join, leave
 from reference_cluster.engines.torch.replica import ReplicaConfig, build_runner
-from reference_cluster.engines.torch.sequences import Attach, Command, Drop, Load, Sequences, Step
+from reference_cluster.engines.torch.sequences import (
+    Attach,
+    Command,
+    Drop,
+    Evict,
+    Keep,
+    Load,
+    Sequences,
+    Step,
+)
 from reference_cluster.engines.torch.weights import Share
 from reference_cluster.launch.process import die_with_parent
 from reference_cluster.transports.bytes import Segment
@@ -98,6 +107,10 @@ def follow(
                     sequences.load(load)
                 case Drop() as drop:
                     sequences.drop(drop.id)
+                case Keep() as keep:
+                    sequences.keep(keep)
+                case Evict() as evict:
+                    sequences.evict(evict)
                 case Attach() as attach:
                     segment = Segment.attach(attach.segment)
                     sequences.attach(segment.buffer)

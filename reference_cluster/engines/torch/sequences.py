@@ -24,6 +24,7 @@ class Begin(msgspec.Struct, array_like=True):
     sampling: Sampling
     slots: Sequence[int] | None  # Of its blocks, where these have bytes.
     held: int  # So many leading ones are complete.
+    kept: Sequence[int] = ()  # Or its leading blocks that were kept in pages.
 
 
 class Step(msgspec.Struct, tag=True, array_like=True):
@@ -51,13 +52,26 @@ class Drop(msgspec.Struct, tag=True, array_like=True):
     id: int
 
 
+class Keep(msgspec.Struct, tag=True, array_like=True):
+    """The pages of a sequence's leading blocks stay for others."""
+
+    id: int
+    blocks: Sequence[int]
+
+
+class Evict(msgspec.Struct, tag=True, array_like=True):
+    """Nobody will ask for these blocks again."""
+
+    blocks: Sequence[int]
+
+
 class Attach(msgspec.Struct, tag=True, array_like=True):
     """The worker's registered memory, by name."""
 
     segment: str
 
 
-Command: TypeAlias = Step | Load | Drop | Attach
+Command: TypeAlias = Step | Load | Drop | Keep | Evict | Attach
 
 
 def nothing() -> None:
@@ -85,6 +99,7 @@ class Sequences:
         self.on_stored: Callable[[int, int], None] = lambda id, layer: None
         self.blocks: KvBlocks | None = None
         self.held: dict[int, Tokens] = {}
+        self.kept: dict[int, list[int]] = {}  # The pages of blocks that prompts can begin with.
 
     def attach(self, buffer: memoryview) -> None:
         model, cache = self.runner.model, self.runner.cache
@@ -111,6 +126,10 @@ class Sequences:
             )
             tokens.moves.store_layer = partial(self.stored, begin.id)
             tokens.computed = begin.reused_tokens
+        for block in begin.kept:
+            self.runner.cache.share(self.kept[block])
+            tokens.pages += self.kept[block]
+            tokens.computed += self.block_tokens
         is_room = self.runner.cache.grow(tokens.pages, begin.room_tokens)
         assert is_room, f"{begin.room_tokens} tokens, {self.runner.cache.free_tokens} free"
         self.held[begin.id] = tokens
@@ -131,6 +150,26 @@ class Sequences:
         load_all(moves, tokens.pages, count, self.runner.model.config.layers)
         self.held[load.id] = tokens
         return True
+
+    def keep(self, keep: Keep) -> None:
+        """Blocks that were there already stay, and this sequence goes on with those."""
+        cache, tokens = self.runner.cache, self.held[keep.id]
+        per_block = self.block_tokens // cache.page_tokens
+        for number, block in enumerate(keep.blocks):
+            part = slice(number * per_block, (number + 1) * per_block)
+            mine, kept = tokens.pages[part], self.kept.get(block)
+            if kept is None:
+                self.kept[block] = mine
+                cache.share(mine)
+            elif kept != mine:
+                cache.share(kept)
+                cache.give_back(mine)
+                tokens.pages[part] = kept
+                self.runner.table = None  # It names the pages that are gone.
+
+    def evict(self, evict: Evict) -> None:
+        for block in evict.blocks:
+            self.runner.cache.give_back(self.kept.pop(block))
 
     def drop(self, id: int) -> None:
         tokens = self.held.pop(id, None)

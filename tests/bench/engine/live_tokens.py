@@ -106,9 +106,7 @@ def lived(config: ClusterConfig, trace: Trace, scratch: Path, speed: float) -> L
         front = Listening(config, profile, None, workers.directory)
         front.answered = []
         for client, _ in serving(front):
-            run = locust(
-                str(client.base_url), path, config.block_tokens, speed, scratch / "locust"
-            )
+            run = locust(str(client.base_url), path, config.block_tokens, speed, scratch / "locust")
             rows = client.get("/cluster/info").json()["workers"]
     return Lived(run, front.answered, rows)
 
@@ -143,7 +141,11 @@ def wrong(of: Lived, simulated: Run, block_bytes: int, block_tokens: int) -> lis
     for name, (seen, due) in lines.items():
         results.print(f"{name}: {seen:,.0f} of {due:,.0f}", highlight=False)
     results.print(f"prefix hit ratio: {hits[0]:.2%}, simulated {hits[1]:.2%}", highlight=False)
-    found = [f"{name}: {seen:,.0f} is not {due:,.0f}" for name, (seen, due) in lines.items() if seen != due]
+    found = [
+        f"{name}: {seen:,.0f} is not {due:,.0f}"
+        for name, (seen, due) in lines.items()
+        if seen != due
+    ]
     if abs(hits[0] - hits[1]) > HIT_POINTS:
         found.append("the hit ratios are more than two points apart")
     return found

@@ -97,9 +97,11 @@ def live(config: str, load: Stretch, scratch: Path, name: str) -> Run:
     leftovers: list[str] = []
     trace = load.write(scratch / f"{name}.jsonl")
     flags = ["--block-tokens", str(load.trace.block_tokens), "--speed", str(load.speed)]
-    with serving(config, scratch, leftovers) as cluster:
-        with replaying(cluster.url, trace, scratch / name, *flags):
-            pass
+    with (
+        serving(config, scratch, leftovers) as cluster,
+        replaying(cluster.url, trace, scratch / name, *flags),
+    ):
+        pass
     run = read_run(scratch / name)
     if leftovers or run.summary["finished"] != run.summary["offered"]:
         raise RuntimeError(f"{run.summary['finished']} finished; {', '.join(leftovers)}")

@@ -155,6 +155,26 @@ def test_ranks_of_a_tensor_parallel_worker_say_what_one_engine_says() -> None:
         assert counted(client, "mismatched_blocks") == 0
 
 
+def test_colocated_prefixes_are_shared_in_device_memory() -> None:
+    """Conversations on one instance, some at once, with room for a few: the same tokens.
+
+    Whole blocks are shared, and the last token of a prompt is computed in a block of its own.
+    """
+    prompts = make_prompts(12)
+    colocated = {"device_tokens": 2048, "batching": "chunked", "step_tokens_max": 400}
+    config = a_config(system="colocated", colocated={**colocated, "prefix_caching": True})
+    with live(config, load_profile("tiny-torch-cpu")) as (client, _):
+        with ThreadPoolExecutor(4) as pool:
+            twice = [*prompts, *prompts]
+            answers = list(pool.map(lambda prompt: ask_all(client, [prompt])[0], twice))
+        again = ask_all(client, prompts[-1:])[0]
+    wanted = alone(prompts)
+    assert said(answers) == [*wanted, *wanted]
+    assert said([again]) == wanted[-1:]
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == (len(prompts[-1]) - 1) // 64 * 64
+
+
 def test_what_the_pool_lets_go_comes_back_from_its_file(tmp_path: Path) -> None:
     """DRAM for 1,024 tokens, prompts of 700: the first is asked again when it has sunk to SSD."""
     numbers = random.Random(7)

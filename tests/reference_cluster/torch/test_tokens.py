@@ -131,7 +131,9 @@ def near_tie(
 ) -> tuple[float, float]:
     """At the first difference: how far the worse token's logit is from the best one's in float32,
     and by how much bfloat16 logits are off there at most."""
-    same = next(at for at, pair in enumerate(zip(produced, wanted, strict=True)) if len({*pair}) > 1)
+    same = next(
+        at for at, pair in enumerate(zip(produced, wanted, strict=True)) if len({*pair}) > 1
+    )
     context = torch.tensor([[*prompt, *wanted[:same]]])
     with torch.inference_mode():
         logits = exact(context).logits[0, -1]
