@@ -29,7 +29,10 @@ def served(run: Run) -> tuple[list[PrefillPoint], list[DecodePoint]]:
         raise RecordsError(
             f"{run.directory}: no stamps of a live cluster; give a replay of `serve`, or probe it"
         )
-    return prefill_points(known), list(decode_points(known, run.spans))
+    decodes = list(decode_points(known, run.spans))
+    if not decodes:
+        raise RecordsError(f"{run.directory}: too few decode steps; replay more, or longer answers")
+    return prefill_points(known), decodes
 
 
 def prefill_points(requests: pl.DataFrame) -> list[PrefillPoint]:
@@ -46,6 +49,7 @@ def prefill_points(requests: pl.DataFrame) -> list[PrefillPoint]:
 
 def decode_points(requests: pl.DataFrame, spans: pl.DataFrame) -> Iterator[DecodePoint]:
     """Medians of gaps between tokens, but a request's first: that begins in the midst of a step."""
+    requests = requests.drop_nulls("decode_start_s")  # One token only: no step of a batch.
     gaps = (
         spans.join(requests.select("request", "decode"), on="request", how="inner")
         .sort("request", "start_s")
@@ -55,6 +59,8 @@ def decode_points(requests: pl.DataFrame, spans: pl.DataFrame) -> Iterator[Decod
         steps_of(of, gaps.filter(pl.col("decode") == name))
         for (name,), of in requests.group_by("decode", maintain_order=True)
     ]
+    if not parts:
+        return
     for (batch,), steps in (
         pl.concat(parts).sort("batch", "context").group_by("batch", maintain_order=True)
     ):
@@ -69,7 +75,7 @@ def steps_of(requests: pl.DataFrame, gaps: pl.DataFrame) -> pl.DataFrame:
     """For each gap on one instance its length, and batch and context in its middle."""
     starts_s, lengths_s = gaps["start_s"].to_numpy(), gaps["first_gap_s"].to_numpy()
     middle_s = starts_s + lengths_s / 2
-    joined_s = requests["decode_start_s"].fill_null(strategy="max").to_numpy()
+    joined_s = requests["decode_start_s"].to_numpy()
     left_s = requests["finished_s"].to_numpy()
     prompt = requests["input_tokens"].to_numpy()
     whole = prompt + requests["output_tokens"].to_numpy()
