@@ -6,7 +6,6 @@ Every other rank is a process that does each command of the first in its order, 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -27,7 +26,6 @@ from reference_cluster.engines.torch.sequences import (
     Step,
 )
 from reference_cluster.engines.torch.weights import Share
-from reference_cluster.launch.process import die_with_parent
 from reference_cluster.transports.bytes import Segment
 
 END_S_MAX = 10.0
@@ -46,7 +44,7 @@ class Followers:
         context = multiprocessing.get_context("spawn")
         for rank in range(1, config.tensor_parallel):
             mine, theirs = context.Pipe()
-            given = config, block_tokens, rank, self.address, theirs, os.getpid()
+            given = config, block_tokens, rank, self.address, theirs
             process = context.Process(target=follow, args=given, name=f"rank-{rank}", daemon=True)
             process.start()
             theirs.close()
@@ -91,10 +89,8 @@ def follow(
     rank: int,
     address: str,
     connection: Connection,
-    parent: int,
 ) -> None:
-    """Do what the first rank does, until it ends."""
-    die_with_parent(parent)
+    """Do what the first rank does, until it ends: then the pipe does, or a sum over ranks fails."""
     torch.set_num_threads(1)
     sequences = ranked(config, block_tokens, rank, address)
     segment = None
