@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from mooncake_bench.calibrate.fit import DecodePoint, PrefillPoint
@@ -15,13 +16,19 @@ def alone(path: Path, plan: ProbePlan) -> tuple[list[PrefillPoint], list[DecodeP
     config = load_config(path, {})
     if config.engine.kind != "torch":
         raise ConfigError(f'{path}: engine.kind is "{config.engine.kind}"; only torch runs here')
+    if config.engine.tensor_parallel != 1:
+        raise ConfigError(
+            f"{path}: engine.tensor_parallel is not 1; probe the live cluster instead"
+        )
     try:
         from reference_cluster.engines.torch.engine import replica_of
         from reference_cluster.engines.torch.timed import TimedReplica
     except ImportError as error:
         raise ConfigError(f"{path}: no {error.name}; pip install 'mooncake-bench[torch]'") from None
+    settings = replica_of(config.engine)
+    chunk_tokens = config.prefill.chunk_tokens
     replica = TimedReplica(
-        replica_of(config.engine), config.block_tokens, config.prefill.chunk_tokens, plan.seed
+        settings, config.block_tokens, chunk_tokens, plan.seed, time.perf_counter
     )
     replica.prefill(plan.lengths[0], 0.0, 1)  # Whatever the first prompt wakes.
     asked = [(n, 0.0) for n in plan.lengths] + [(max(plan.lengths), hit) for hit in plan.hits]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
-import time
+from collections.abc import Callable
 
 import torch
 
@@ -20,15 +20,21 @@ FIRST_TOKEN = 3  # Ids from here on are plain ones in every vocabulary.
 class TimedReplica:
     """One replica in this process, its prompts' KV written to blocks as a prefill worker does.
 
-    Times are seconds of the wall clock: keep the machine quiet. Raises ConfigError.
+    Times are seconds of the clock `now_s`: keep the machine quiet. Raises ConfigError.
     """
 
     def __init__(
-        self, config: ReplicaConfig, block_tokens: int, chunk_tokens: int, seed: int
+        self,
+        config: ReplicaConfig,
+        block_tokens: int,
+        chunk_tokens: int,
+        seed: int,
+        now_s: Callable[[], float],
     ) -> None:
         torch.set_num_threads(1)
         self.scheduler = Scheduler(build_runner(config), chunk_tokens)
         self.block_tokens = block_tokens
+        self.now_s = now_s
         self.numbers = random.Random(seed)
         self.ids = itertools.count()
 
@@ -48,9 +54,9 @@ class TimedReplica:
                 self.run(self.add(prompt, 1, Moves(blocks, slots, tokens)))
                 prompt = prompt[:reused] + self.prompt(tokens - reused)
             job = self.add(prompt, 1, Moves(blocks, slots, tokens, reused))
-            start_s = time.perf_counter()
+            start_s = self.now_s()
             self.run(job)
-            seconds.append(time.perf_counter() - start_s)
+            seconds.append(self.now_s() - start_s)
         return reused, statistics.median(seconds)
 
     def decode(self, batch: int, context: int, steps: int, repeats: int) -> tuple[float, float]:
@@ -61,9 +67,9 @@ class TimedReplica:
             while len(self.scheduler.step()) < batch:
                 pass
             for _ in range(steps):
-                start_s = time.perf_counter()
+                start_s = self.now_s()
                 self.scheduler.step()
-                seconds.append(time.perf_counter() - start_s)
+                seconds.append(self.now_s() - start_s)
             for job in jobs:
                 self.scheduler.cancel(job)
         return batch * (context + steps / 2), statistics.median(seconds)
