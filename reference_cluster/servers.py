@@ -152,8 +152,14 @@ class Servers:
 
     def start(self, group: asyncio.TaskGroup) -> None:
         self.group = group
+        group.create_task(self.keep_connections(), name="connections")
         for name in self.places:
             group.create_task(self.follow(name), name=f"follow {name}")
+
+    async def keep_connections(self) -> None:
+        """Until the cluster ends."""
+        async with self.http:
+            await asyncio.Event().wait()
 
     async def ready(self) -> None:
         """Return when every server is there; raises ServeError naming who is not."""
@@ -162,9 +168,10 @@ class Servers:
             async with asyncio.timeout(within_s):
                 await self.all_here.wait()
         except TimeoutError:
-            missing = ", ".join(name for name, one in self.places.items() if one.starts == 0)
+            missing = [one for one in self.places.values() if not one.starts]
+            told = ", ".join(f"{one.name} ({one.lost_reason or 'no address'})" for one in missing)
             raise ServeError(
-                f"{missing}: not serving after {within_s:g} s; see the worker's own log"
+                f"{told}: not serving after {within_s:g} s; see the worker's own log"
             ) from None
 
     async def follow(self, name: str) -> None:
@@ -180,6 +187,8 @@ class Servers:
                     self.kill(place)
             if place.state == "member" and place is self.places[name]:
                 self.lose(name, reason)
+            elif place.server.address.url:
+                place.lost_reason = reason
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def listen(self, place: Place) -> None:

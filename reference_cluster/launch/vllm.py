@@ -78,6 +78,8 @@ def main() -> None:
     # Its shared memory has the cluster's name, so that the supervisor finds what a kill left.
     prefix = "-".join(Path(asked.directory).name.split("-")[:3]) + "-"
     setting = make_connector(config).setting(config, role_of(asked.name), prefix)
+    # Warnings of things that are as they should be fill a screen for each worker.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.update(setting.environment)
 
     def announce(port: int) -> None:

@@ -78,7 +78,9 @@ class LiveCluster:
 
 
 @contextmanager
-def serving(config: str, scratch: Path, leftovers: list[str], *flags: str) -> Iterator[LiveCluster]:
+def serving(
+    config: str, scratch: Path, leftovers: list[str], *flags: str, start_s_max: float = START_S_MAX
+) -> Iterator[LiveCluster]:
     """`serve` with this configuration; `leftovers` gets what is still there after its end."""
     path, log = scratch / "cluster.toml", scratch / "serve.log"
     path.write_text(config)
@@ -86,7 +88,7 @@ def serving(config: str, scratch: Path, leftovers: list[str], *flags: str) -> It
         command = [*COMMAND, "serve", "--port", "0", "--config", str(path), *flags]
         process = subprocess.Popen(command, cwd=REPO, stdout=file, stderr=file)
         try:
-            url = waited(lambda: said_url(log), START_S_MAX, lambda: process.poll() is not None)
+            url = waited(lambda: said_url(log), start_s_max, lambda: process.poll() is not None)
             if url is None:
                 raise RuntimeError(f"the cluster did not start: {log.read_text().strip()}")
             cluster = LiveCluster(url, process, log)

@@ -20,11 +20,14 @@ from reference_cluster.engines.vllm.store import HEADER, HEADER_BYTES, Offer, Sl
 from reference_cluster.transports.bytes import Segment, sweep
 from tests.reference_cluster.vllm.workers import (
     BLOCK,
+    CONTROL,
+    CROWD,
+    LENGTHS,
     PAYLOAD_BYTES,
+    PROMPTS,
     Worker,
     a_prompt,
     running,
-    save_tiny_model,
 )
 
 pytestmark = [
@@ -33,29 +36,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
 ]
 
-LENGTHS = (
-    *(40, 64, 127, 128, 129, 200, 255, 256, 257, 300, 400, 511, 512, 513, 640, 777, 1000),
-    *(1024, 1025, 1300, 1536, 1792, 2048, 2049, 2500, 3000, 4000, 5000, 6500, 8192),
-)
-# Half of them begin alike, so that prefixes are found in the decode worker's own cache too.
-PROMPTS = [a_prompt(i, n, shared=min(n, 600) * (i % 2)) for i, n in enumerate(LENGTHS)]
-# 14 blocks each and soon 15; the decode worker has 71, so five begin and one must give way.
-CROWD = [a_prompt(100 + i, 14 * BLOCK - 8) for i in range(6)]
-CONTROL = [a_prompt(200 + i, 700) for i in range(4)]
 SMALL_KV_BLOCKS = 72  # One is vLLM's null block.
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def single(model: Path) -> dict[int, list[int]]:
-    """What one vLLM without any connector answers, by the prompt's object."""
-    worker = Worker(model, kv_bytes=256 * PAYLOAD_BYTES)
-    with running(worker):
-        return {id(one): worker.tokens(one) for one in (*PROMPTS, *CROWD, *CONTROL)}
 
 
 @dataclass

@@ -23,7 +23,7 @@ PAYLOAD_BYTES = LAYERS * 2 * KV_HEADS * HEAD_DIM * 4 * BLOCK
 START_S = 300  # Two at a time on a busy machine.
 
 
-def save_tiny_model(directory: Path, vocabulary: int = 4096) -> Path:
+def save_tiny_model(directory: Path, vocabulary: int = 4096, layers: int = LAYERS) -> Path:
     """A Llama of seeded random weights, large enough for KV to matter to its tokens."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +33,7 @@ def save_tiny_model(directory: Path, vocabulary: int = 4096) -> Path:
         vocab_size=vocabulary,
         hidden_size=HEADS * HEAD_DIM,
         intermediate_size=688,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
@@ -52,6 +52,17 @@ def a_prompt(seed: int, tokens: int, shared: int = 0) -> list[int]:
     common, own = random.Random(0), random.Random(seed + 1)
     first = [common.randrange(2, 4096) for _ in range(shared)]
     return first + [own.randrange(2, 4096) for _ in range(tokens - shared)]
+
+
+LENGTHS = (
+    *(40, 64, 127, 128, 129, 200, 255, 256, 257, 300, 400, 511, 512, 513, 640, 777, 1000),
+    *(1024, 1025, 1300, 1536, 1792, 2048, 2049, 2500, 3000, 4000, 5000, 6500, 8192),
+)
+# Half of them begin alike, so that prefixes are found in the decode worker's own cache too.
+PROMPTS = [a_prompt(i, n, shared=min(n, 600) * (i % 2)) for i, n in enumerate(LENGTHS)]
+# 14 blocks each and soon 15; the decode worker has 71, so five begin and one must give way.
+CROWD = [a_prompt(100 + i, 14 * BLOCK - 8) for i in range(6)]
+CONTROL = [a_prompt(200 + i, 700) for i in range(4)]
 
 
 class Worker:
@@ -99,9 +110,7 @@ class Worker:
 
     def count(self, name: str, labels: str = "") -> float:
         """The sum of a counter of vLLM's over series whose labels have this text."""
-        text = self.http.get("/metrics").text
-        found = re.findall(rf"^{re.escape(name)}\{{(.*)\}} (\S+)$", text, re.MULTILINE)
-        return sum(float(value) for given, value in found if labels in given)
+        return count_in(self.http.get("/metrics").text, name, labels)
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -117,6 +126,12 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):  # Whatever it has left behind.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.log.close()
+
+
+def count_in(metrics: str, name: str, labels: str = "") -> float:
+    """The sum of a counter over series whose labels have this text."""
+    found = re.findall(rf"^{re.escape(name)}\{{(.*)\}} (\S+)$", metrics, re.MULTILINE)
+    return sum(float(value) for given, value in found if labels in given)
 
 
 @contextlib.contextmanager
