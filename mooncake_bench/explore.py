@@ -1,4 +1,7 @@
-"""What do people look at in a run beyond its summary? Frames for figures one can click. Pure."""
+"""What do people look at in a run beyond its summary? Frames for figures one can click. Pure.
+
+Columns are selected before rows are filtered: a filter copies all that the frame has.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def attainment_surface(
 
     Each is what `metrics.attained` says at these bounds; all pairs cost one pass over the rows.
     """
-    finished = frame.filter((pl.col("status") == "finished") & pl.col("ttft_s").is_not_null())
+    finished = frame.select("status", "ttft_s", "tbt_s").filter(
+        (pl.col("status") == "finished") & pl.col("ttft_s").is_not_null()
+    )
     ttft, tbt = np.asarray(ttft_bounds_s, dtype=float), np.asarray(tbt_bounds_s, dtype=float)
     # The first bound that a request meets; those beyond the last are met by none.
     first_ttft = np.searchsorted(ttft, finished["ttft_s"].to_numpy(), side="left")
@@ -86,7 +91,9 @@ def quantiles_over_time(frame: pl.DataFrame, column: str, bins: int = 60) -> pl.
 
     `time_s` is the middle of the bin, `request` the one with the largest value.
     """
-    known = frame.filter((pl.col("status") == "finished") & pl.col(column).is_not_null())
+    known = frame.select("request", "status", "arrival_s", column).filter(
+        (pl.col("status") == "finished") & pl.col(column).is_not_null()
+    )
     width = _width(frame["arrival_s"], bins)
     quantiles = [
         pl.col(column).quantile(share, "linear").alias(name)
@@ -162,7 +169,8 @@ def worst_requests(samples: pl.DataFrame, frame: pl.DataFrame, bins: int = 90) -
     """
     width = _width(samples["time_s"], bins)
     parts = [
-        frame.filter(pl.col(place).is_not_null() & pl.col(at).is_not_null())
+        frame.select("request", place, at, by)
+        .filter(pl.col(place).is_not_null() & pl.col(at).is_not_null())
         .group_by(pl.col(place).alias("instance"), _bin(at, width, bins))
         .agg(pl.col("request").get(pl.col(by).fill_null(0.0).arg_max()))
         for place, at, by in (
@@ -201,7 +209,9 @@ def sources_over_time(frame: pl.DataFrame, bins: int = 60) -> pl.DataFrame:
 
     `own` was in the instance's own cache, `fetched` came from another instance.
     """
-    known = frame.filter(
+    known = frame.select(
+        *("status", "arrival_s", "prefill_end_s", "input_tokens", "reused_tokens"), "fetched_tokens"
+    ).filter(
         pl.col("reused_tokens").is_not_null()
         & ((pl.col("status") == "finished") | pl.col("prefill_end_s").is_not_null())
     )
@@ -250,7 +260,10 @@ def wasted_over_time(frame: pl.DataFrame, bins: int = 60) -> pl.DataFrame:
     lost = (pl.col("status") != "finished") & pl.col("prefill_end_s").is_not_null()
     tokens = pl.col("input_tokens") - pl.col("reused_tokens").fill_null(0)
     return (
-        frame.with_columns(_bin("arrival_s", width, bins))
+        frame.select(
+            *("status", "prefill_end_s", "input_tokens", "reused_tokens"),
+            _bin("arrival_s", width, bins),
+        )
         .group_by("bin")
         .agg(pl.when(lost).then(tokens).otherwise(0).sum().alias("tokens") / width)
         .sort("bin")

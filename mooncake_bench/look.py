@@ -33,6 +33,10 @@ def dashboard(
             raise RecordsError(
                 f"{path}: no such directory; name run directories or what holds them"
             )
+    from dashboards.app.store import Store
+
+    store = Store(runs)
+    store.read_ahead()
     try:
         from dashboards.app.server import build, serve
     except ModuleNotFoundError as error:
@@ -42,7 +46,7 @@ def dashboard(
     if host not in LOCAL and not token:
         token = secrets.token_urlsafe(16)
     try:
-        server = serve(build(runs, token), host, port)
+        server = serve(build(store, token), host, port)
     except OSError as error:
         raise RecordsError(f"--port {port}: {error.strerror}; choose another") from None
     query = f"?token={token}" if token else ""

@@ -87,7 +87,7 @@ def per_request(requests: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
 def with_tbt(requests: pl.DataFrame, times: pl.DataFrame) -> pl.DataFrame:
     """`per_request`, for who has `request_tbt` already: it takes most of the time."""
     first = pl.col("first_token_s")
-    return requests.join(times, on="request", how="left", maintain_order="left").select(
+    return requests.hstack(_rows_of(times, requests["request"])).select(
         *requests.columns,
         (first - pl.col("arrival_s")).alias("ttft_s"),
         (first - pl.col("sent_s")).alias("ttft_from_send_s"),
@@ -102,8 +102,20 @@ def with_tbt(requests: pl.DataFrame, times: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def _rows_of(times: pl.DataFrame, requests: pl.Series) -> pl.DataFrame:
+    """For each request the row of `times`, whose requests rise, but for the request; or nulls."""
+    columns = times.drop("request")
+    if not times.height:
+        return columns.clear(requests.len())
+    # A join would build a table of all requests, and spoil the order.
+    known, wanted = times["request"].to_numpy(), requests.to_numpy()
+    at = np.minimum(np.searchsorted(known, wanted), known.size - 1)
+    found = pl.Series(known[at] == wanted)
+    return columns.select(pl.all().gather(pl.Series(at).set(~found, None)))
+
+
 def request_tbt(requests: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:
-    """One row a request with a gap: request, gaps, gaps_sum_s, tbt_s, tbt_s_max, tbt_s_p99.
+    """One row a request with a gap, rising: request, gaps, gaps_sum_s, tbt_s, tbt_s_max, tbt_s_p99.
 
     `tbt_s` is the Mooncake paper's TBT of a request: the mean of its longest 10 % of gaps, that is
     of the longest ceil(gaps / 10).
@@ -195,7 +207,7 @@ def cumulative_shares(frame: pl.DataFrame, column: str, points: int = 400) -> pl
     Rejected and failed requests never reach any value, so the curve may end below 1. At most
     `points` rows, evenly spaced in share, the smallest and the largest value among them.
     """
-    finished = frame.filter(pl.col("status") == "finished")
+    finished = frame.select("status", column).filter(pl.col("status") == "finished")
     values = np.sort(finished[column].drop_nulls().to_numpy())
     if not values.size:
         return pl.DataFrame(schema={"value_s": pl.Float64, "share": pl.Float64})
@@ -209,7 +221,7 @@ def cumulative_shares(frame: pl.DataFrame, column: str, points: int = 400) -> pl
 
 def attainment_curve(frame: pl.DataFrame, slo: Slo, bounds_s: Sequence[float]) -> pl.DataFrame:
     """Attainment at each TBT bound, with the TTFT bound of `slo`: tbt_bound_s, attainment."""
-    in_time = frame.filter(
+    in_time = frame.select("status", "ttft_s", "tbt_s").filter(
         (pl.col("status") == "finished") & (pl.col("ttft_s") <= slo.ttft_s).fill_null(False)
     )
     tbt = np.sort(in_time["tbt_s"].fill_null(0.0).to_numpy())
@@ -224,7 +236,8 @@ def attainment_curve(frame: pl.DataFrame, slo: Slo, bounds_s: Sequence[float]) -
 
 def stage_means(frame: pl.DataFrame) -> dict[str, float | None]:
     """Mean seconds in each of STAGES over the finished requests of a `per_request` frame."""
-    finished = frame.filter(pl.col("status") == "finished")
+    columns = [f"{stage}_s" for stage in STAGES]
+    finished = frame.select("status", *columns).filter(pl.col("status") == "finished")
     return {stage: _number(finished[f"{stage}_s"].mean()) for stage in STAGES}
 
 
@@ -303,7 +316,8 @@ def refusals_over_time(frame: pl.DataFrame, bins: int = 40) -> pl.DataFrame:
     """Rejected and failed requests by arrival: time_s, status, reason, requests_per_s."""
     width = _bin_width(frame["arrival_s"], bins)
     return (
-        frame.filter(pl.col("status") != "finished")
+        frame.select("status", "reason", "arrival_s")
+        .filter(pl.col("status") != "finished")
         .with_columns(_bin("arrival_s", width, bins), pl.col("reason").fill_null("no reason given"))
         .group_by("status", "reason", "bin", maintain_order=True)
         .agg((pl.len() / width).alias("requests_per_s"))
@@ -372,7 +386,7 @@ def _by_class(
         return {}
     found = {}
     for name in frame["class"].drop_nulls().unique().sort().to_list():
-        rows = frame.filter(pl.col("class") == name)
+        rows = frame.select("class", "status", "ttft_s", "tbt_s").filter(pl.col("class") == name)
         finished = rows.filter(pl.col("status") == "finished")
         bounds = by_class.get(name, slo)
         found[name] = {
@@ -418,7 +432,8 @@ def _prefilled(frame: pl.DataFrame) -> pl.DataFrame:
     """Requests whose prompt was worked on, and of which it is known how much was reused."""
     # One refused on arrival reused nothing because it was never looked up: it does not count.
     worked_on = (pl.col("status") == "finished") | pl.col("prefill_end_s").is_not_null()
-    return frame.filter(worked_on & pl.col("reused_tokens").is_not_null())
+    columns = ("status", "arrival_s", "prefill_end_s", "input_tokens", "reused_tokens")
+    return frame.select(columns).filter(worked_on & pl.col("reused_tokens").is_not_null())
 
 
 def _refusals(frame: pl.DataFrame) -> dict[str, Any]:

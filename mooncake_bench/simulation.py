@@ -148,9 +148,10 @@ class LiveSimulation:
         if rows:
             self._sampled_s = rows[0][0]
         samples = pl.DataFrame(rows[::-1], schema=list(SAMPLE_COLUMNS), orient="row")
+        tables = {"samples": samples}
         if ended:
-            spans = pl.DataFrame(span_columns(ended))
-            self._writer.append(requests=request_frame(ended), spans=spans, samples=samples)
+            tables |= {"requests": request_frame(ended), "spans": pl.DataFrame(span_columns(ended))}
+        self._writer.append(**tables)
 
     def close(self) -> None:
         if self._writer is not None:

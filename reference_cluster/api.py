@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import hmac
 import itertools
 import logging
@@ -340,8 +341,15 @@ class Front:
         )
 
     async def samples(self, http: HttpRequest) -> Response:
-        rows = [(row[0] - self.started_s, *row[1:]) for row in self.cluster.samples.rows]
-        return as_json({"now_s": self.cluster.loop.time() - self.started_s, "samples": rows})
+        """All of them, or those later than `?after=`, in seconds of the clock of `now_s`."""
+        try:
+            after_s = float(http.query_params.get("after", "-inf")) + self.started_s
+        except ValueError:
+            return error("after: seconds are a number", "invalid_request_error", 400)
+        rows = self.cluster.samples.rows
+        first = bisect.bisect_right(rows, after_s, key=lambda row: row[0])
+        moved = [(row[0] - self.started_s, *row[1:]) for row in rows[first:]]
+        return as_json({"now_s": self.cluster.loop.time() - self.started_s, "samples": moved})
 
     async def integrity(self, http: HttpRequest) -> Response:
         """Do all books balance? For every instance a line of what is wrong, empty if nothing is."""

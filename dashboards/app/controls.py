@@ -9,7 +9,7 @@ from dash import dcc, html
 
 from dashboards.app.pages import chosen_side
 from dashboards.app.state import MEASURES, SORTS, THEMES, TIMES
-from dashboards.app.view import AT_FIRST, View
+from dashboards.app.view import View
 from mooncake_bench.explore import TBT_STATISTICS
 
 SHOWN_AS_BOXES = 8
@@ -27,7 +27,7 @@ def value_of(view: View, name: str) -> Any:
     """What a control shows for this state."""
     state = view.state
     if name == "runs":
-        return state.chosen or list(view.store.runs())[:AT_FIRST]
+        return state.chosen or view.store.at_first()
     if name == "ttft":
         return view.slo.ttft_s
     if name == "tbt":

@@ -7,9 +7,7 @@ import io
 import logging
 import threading
 import traceback
-from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -41,15 +39,18 @@ TITLES = {name: title for name, (title, _) in PAGES.items()}
 LOCAL = ("127.0.0.1", "localhost", "::1")
 LIVE_EVERY_MS, IDLE_EVERY_MS = 500, 2500
 COOKIE = "mooncake_bench_token"
+PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
+"""Where Dash has it. It asks for it with the first figure; in the index it comes beside the rest."""
 
 log = logging.getLogger(__name__)
 
 
-def build(roots: Sequence[Path], token: str = "") -> dash.Dash:
-    """The app over the runs below `roots`; with a token it answers nobody who does not have it."""
-    store = Store(roots)
-    # A large run is read while the browser still loads the page's script.
-    first = threading.Thread(target=View.of, args=(store, Looked()), name="first-runs", daemon=True)
+def build(store: Store, token: str = "") -> dash.Dash:
+    """The app over the store's runs; with a token it answers nobody who does not have it."""
+    # What the first page asks is found while the browser still loads the script.
+    first = threading.Thread(
+        target=lambda: parts_of(View.of(store, Looked())), name="first-page", daemon=True
+    )
     first.start()
     server = flask.Flask(__name__)
     _guard(server, token)
@@ -314,6 +315,7 @@ def _index() -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n{%metas%}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n<title>{%title%}</title>\n{%css%}\n'
-        f"<style>\n{style}</style>\n<script>\n{script}</script>\n</head>\n<body>\n"
+        f"<style>\n{style}</style>\n<script>\n{script}</script>\n"
+        f'<script src="{PLOTLY}" defer></script>\n</head>\n<body>\n'
         "{%app_entry%}\n{%config%}\n{%scripts%}\n{%renderer%}\n</body>\n</html>\n"
     )

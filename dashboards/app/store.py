@@ -17,6 +17,8 @@ from mooncake_bench.records import RecordsError
 
 Answer = TypeVar("Answer")
 REMEMBERED = 256
+AT_FIRST = 4
+"""So many runs are chosen where the address chooses none."""
 OPEN_AT_ONCE = 8
 """So many runs are kept in memory, those that were looked at last."""
 DEPTH = 3
@@ -57,6 +59,18 @@ class Store:
     def plans(self) -> dict[str, Path]:
         """Every plan directory by its key."""
         return self._found(lambda path: (path / "plan.json").is_file())
+
+    def at_first(self) -> list[str]:
+        """The keys of the runs that are looked at where none are chosen."""
+        return list(self.runs())[:AT_FIRST]
+
+    def read_ahead(self) -> None:
+        """Read those runs now, in a thread: a large one takes as long as a browser to start."""
+        keys = self.at_first()
+        read = threading.Thread(
+            target=lambda: [self.open(key) for key in keys], name="first-runs", daemon=True
+        )
+        read.start()
 
     def open(self, key: str) -> Shown | Broken:
         """The run of that key as it is now."""

@@ -18,9 +18,7 @@ from mooncake_bench.slo import NOTHING, percent
 
 REFUSAL_BINS = 40
 LISTED_MAX = 50
-NO_SAMPLES = (
-    "no samples of instances: external endpoints have none, live runs get them at their end"
-)
+NO_SAMPLES = "no samples of instances: external endpoints have none"
 MEMBERSHIP = ("lost-", "hand-over", "kv-damaged", "no-instance", "endpoint gone", "worker lost")
 """How the reasons begin that tell of an instance, a transfer or a process that was lost."""
 

@@ -19,8 +19,6 @@ from mooncake_bench.opened import INCOMPLETE, RUNNING
 from mooncake_bench.slo import Slo
 
 Answer = TypeVar("Answer")
-AT_FIRST = 4
-"""So many runs are chosen where the address chooses none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class View:
 
     @classmethod
     def of(cls, store: Store, state: State, path: str = "/") -> View:
-        chosen = state.chosen or list(store.runs())[:AT_FIRST]
+        chosen = state.chosen or store.at_first()
         opened = [store.open(key) for key in chosen]
         shown = [one for one in opened if isinstance(one, Shown)]
         names = [one.run.info.name for one in shown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +15,12 @@ from mooncake_bench.replay.assemble import build_frames
 from mooncake_bench.replay.client import Progress
 from mooncake_bench.replay.recorder import Batch
 from mooncake_bench.replay.schedule import Plan
+from mooncake_bench.replay.target import Target, fetch_samples
 from mooncake_bench.segments import SegmentWriter
 
+SAMPLES_EVERY_S = 2.0
+SAMPLES_PATIENCE_S = 1.0
+"""A cluster too busy to answer is asked again the next time."""
 PLAN = "plan.ipc"
 PLANNED = ("request", "due_s", "input_tokens", "output_tokens")
 
@@ -40,18 +45,38 @@ class LiveRun:
         write_plan(whole, self._writer.directory)
         self._behind = behind
         self._fresh: list[Batch] = []
+        self._cluster: tuple[Target, float] | None = None
+        self._sampled_s = -1.0
+        self._sample_at_s = 0.0
+
+    def follow(self, target: Target, start: float) -> None:
+        """The run has begun, at `start` of time.perf_counter(): its samples are asked for too."""
+        self._cluster = target, start
 
     def look(self, progress: Progress, batch: Batch | None) -> str:
         self.add(batch)
         return self._behind.look(progress, batch) if self._behind is not None else ""
 
     def add(self, batch: Batch | None) -> None:
-        """Take a batch, or none; now and then all that is new becomes a segment."""
+        """Take a batch, or none; now and then all that is new becomes a segment.
+
+        So do the cluster's samples, where there is a cluster.
+        """
         if batch is not None:
             self._fresh.append(batch)
         if self._fresh and self._writer.is_due:
             self._writer.append_raw(msgspec.msgpack.encode(self._fresh))
             self._fresh = []
+        if self._cluster is not None and time.monotonic() >= self._sample_at_s:
+            # Set before it is asked: under Locust others come in here while the answer is awaited.
+            self._sample_at_s = time.monotonic() + SAMPLES_EVERY_S
+            self._add_samples(*self._cluster)
+
+    def _add_samples(self, target: Target, start: float) -> None:
+        fresh = fetch_samples(target, start, self._sampled_s, SAMPLES_PATIENCE_S)
+        if fresh.height:
+            self._sampled_s = fresh["time_s"][-1]
+            self._writer.append(samples=fresh)
 
     def close(self, *, keep: bool = False) -> None:
         """The run has ended; without `keep` its own files are there, and the segments go."""

@@ -122,6 +122,8 @@ def replay(
             bodies.start()
             await asyncio.to_thread(bodies.is_warm.wait)
             start[0] = time.perf_counter() + START_MARGIN_S
+            if live is not None:
+                live.follow(target, start[0])
             watch = asyncio.create_task(
                 _watch(engine, live or monitor, batches, stopped), name="replay-monitor"
             )

@@ -54,24 +54,27 @@ def find_target(url: str, model: str = "") -> Target:
     return Target(url, address, path, model, info, ahead_s, error_s)
 
 
-def fetch_samples(target: Target, start: float) -> pl.DataFrame:
-    """The cluster's own samples, their times in seconds from `start` (of time.perf_counter).
+def fetch_samples(
+    target: Target, start: float, after_s: float = -1.0, timeout_s: float = CONTROL_TIMEOUT_S
+) -> pl.DataFrame:
+    """The cluster's samples later than that, in seconds from `start` (of time.perf_counter).
 
     Empty for other servers and for one that no longer answers: samples are an extra.
     """
     empty = pl.DataFrame(schema=SAMPLES)
     if target.clock_ahead_s is None:
         return empty
+    start_there_s = start + target.clock_ahead_s
     try:
         with _client(target.url) as http:
-            answer = http.get("cluster/samples")
+            after = {"after": repr(start_there_s + max(after_s, -1.0))}
+            answer = http.get("cluster/samples", params=after, timeout=timeout_s)
             rows = answer.json()["samples"] if answer.status_code == 200 else []
         frame = pl.DataFrame(rows, schema=SAMPLES, orient="row", strict=False)
     except (httpx.HTTPError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
         return empty
-    start_there_s = start + target.clock_ahead_s
     moved = frame.with_columns(pl.col("time_s") - start_there_s)
-    return moved.filter(pl.col("time_s") >= 0.0).sort("time_s", maintain_order=True)
+    return moved.filter(pl.col("time_s") >= 0.0, pl.col("time_s") > after_s).sort("time_s", maintain_order=True)
 
 
 def authorization() -> dict[str, str]:
@@ -149,10 +152,11 @@ def _info(http: httpx.Client) -> dict[str, Any]:
 def _compare_clocks(http: httpx.Client) -> tuple[float | None, float]:
     """The server's clock minus ours, from the quickest of a few pings, and its error bound."""
     best: tuple[float, float] | None = None
+    no_rows = {"after": "1e18"}
     for _ in range(PINGS):
         before = time.perf_counter()
         try:
-            there_s = float(http.get("cluster/samples").json()["now_s"])
+            there_s = float(http.get("cluster/samples", params=no_rows).json()["now_s"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             continue
         after = time.perf_counter()

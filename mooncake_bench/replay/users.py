@@ -294,6 +294,8 @@ class MasterSide:
         with scraping(target, options) as scraper:
             self._prepare(trace, options, target)
             self._start_all()
+            if self._live is not None:
+                self._live.follow(target, self._start)
             self._await_done()
         return self._conclude(trace, whole, options, target, scraper)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dashboards.app.store import Store
 from tests.mooncake_bench.conftest import made_up_run
 
 
@@ -31,7 +32,7 @@ def serving() -> Iterator[Callable[..., str]]:
     servers = []
 
     def start(*roots: Path, token: str = "") -> str:
-        server = server_of.serve(server_of.build(roots, token), "127.0.0.1", 0)
+        server = server_of.serve(server_of.build(Store(roots), token), "127.0.0.1", 0)
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}"

@@ -111,6 +111,15 @@ def test_waiting_between_spans_is_a_gap() -> None:
     assert gaps["gap_s"].to_list() == pytest.approx([0.1, 0.1, 0.9])
 
 
+def test_times_come_to_their_requests_in_any_order() -> None:
+    """Rows that are turned round, and in the middle a request without gaps."""
+    frame = requests(*[{"first_token_s": 1.0}] * 3)
+    table = spans((0, 1.0, 2, 0.1, 0.0), (2, 1.0, 2, 0.3, 0.0))
+    found = metrics.with_tbt(frame.reverse(), metrics.request_tbt(frame, table))
+    assert found["request"].to_list() == [2, 1, 0]
+    assert found["tbt_s"].to_list() == [pytest.approx(0.3), None, pytest.approx(0.1)]
+
+
 def test_thirty_gaps_have_a_longest_tenth_of_three() -> None:
     """0.1 x 30 is above 3 in floating point; the tail must still be 3 of gaps 1, 2, ... 30."""
     row = metrics.per_request(requests({"first_token_s": 0.0}), spans((0, 0.0, 30, 1.0, 1.0)))

@@ -206,6 +206,16 @@ def test_samples_are_on_the_servers_clock(client: httpx.Client) -> None:
     assert names in ({"prefill-0", "prefill-1", "decode-0"}, {"colocated-0"})
 
 
+def test_samples_of_before_can_be_left_out(client: httpx.Client) -> None:
+    """With `after` only later ones come; what is no number is told so."""
+    wait_until(lambda: len(client.get("/cluster/samples").json()["samples"]) > 6)
+    first_s = client.get("/cluster/samples").json()["samples"][0][0]
+    later = client.get("/cluster/samples", params={"after": repr(first_s)}).json()["samples"]
+    assert later
+    assert all(row[0] > first_s for row in later)
+    assert client.get("/cluster/samples", params={"after": "noon"}).status_code == 400
+
+
 def test_metrics_have_vllms_names(client: httpx.Client) -> None:
     """Where the meaning is the same; and they count."""
     client.post("/v1/completions", json=completion())

@@ -1,11 +1,13 @@
-"""How fast is the dashboard on a large run? size.py RUN, as large_run.py makes it.
+"""How fast is the dashboard on a large run? size.py RUN [--check]; large_run.py makes RUN.
 
 A server of its own on two cores, a browser in front of it: seconds until a page has drawn its
-figures after it was opened, and after each interaction; the server's largest memory.
+figures after it was opened, and after each interaction; the server's largest memory. `--check`
+ends with 1 where a page took 3 s to open, an interaction 1 s, or the server 2 GB.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -19,9 +21,20 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 PAGES = ("overview", "slo", "latency", "request", "cluster", "cache", "rejections")
+OPEN_S, INTERACTION_S, MEMORY_MIB = 3.0, 1.0, 2e9 / 2**20
+TOUCH = """for (const plot of document.querySelectorAll(".js-plotly-plot")) {
+  plot.isOld = true;
+  for (const name of ["plotly_afterplot", "plotly_react"]) plot.on(name, () => plot.isOld = false);
+}"""
+DRAWN = """() => [...document.querySelectorAll("[data-figure]")].every((figure) => {
+  const plot = figure.querySelector(".js-plotly-plot");
+  return plot && plot.querySelector(".main-svg") && !plot.isOld;
+})"""
+"""Every figure of the page has its drawing, none of them one from before the touch."""
 
 
-def main(run: Path) -> None:
+def main(run: Path) -> dict[str, Any]:
+    """What was found; MiB and seconds."""
     command = [sys.executable, "-m", "mooncake_bench.cli", "dashboard", str(run), "--port", "0"]
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -37,7 +50,14 @@ def main(run: Path) -> None:
             status = Path(f"/proc/{server.pid}/status").read_text()
             found["server_memory_max_mib"] = int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) // 1024
             server.terminate()
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def slow(found: dict[str, Any]) -> list[str]:
+    """What took longer, or more, than it may."""
+    late = [f"opening {name}" for name, took_s in found["opens_s"].items() if took_s >= OPEN_S]
+    late += [name for name, took_s in found["interactions_s"].items() if took_s >= INTERACTION_S]
+    return late + ["memory"] * (found["server_memory_max_mib"] >= MEMORY_MIB)
 
 
 def measured(url: str) -> dict[str, Any]:
@@ -75,16 +95,12 @@ def opened(page: Any, url: str) -> float:
 
 
 def drawn(page: Any) -> None:
-    """Every figure of the page has its drawing."""
-    page.wait_for_function(
-        "document.querySelectorAll('[data-figure]').length == "
-        "document.querySelectorAll('[data-figure] .js-plotly-plot .main-svg:first-child').length",
-        timeout=60_000,
-    )
+    page.wait_for_function(DRAWN, timeout=60_000)
 
 
 def touched(page: Any, touch: Any) -> float:
     """Seconds from a touch to the server's answer, drawn."""
+    page.evaluate(TOUCH)
     with page.expect_response(
         lambda answer: "page.children" in (answer.request.post_data or "")
         and answer.status == 200, timeout=60_000
@@ -106,4 +122,11 @@ def chosen(page: Any, text: str) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--check", action="store_true", help="exit 1 where something is slow")
+    options = parser.parse_args()
+    found = main(options.run)
+    late = slow(found)
+    sys.stdout.write(json.dumps(found | {"slow": late}, indent=1) + "\n")
+    sys.exit(int(options.check and bool(late)))

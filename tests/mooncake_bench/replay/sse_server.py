@@ -106,7 +106,8 @@ class Server:
         self, head: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         first, *lines = head.strip().split("\r\n")
-        method, path, _ = first.split()
+        method, target, _ = first.split()
+        path = target.partition("?")[0]
         pairs = (line.partition(":") for line in lines)
         headers = {name.lower(): value.strip() for name, _, value in pairs}
         body = await reader.readexactly(int(headers.get("content-length", 0)))

@@ -5,15 +5,20 @@ import signal
 import threading
 import time
 
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
 from sse_server import STREAM_HEAD, Exchange, Server, good_stream, serving
 
-from mooncake_bench.records import read_run
+from mooncake_bench.opened import open_run
+from mooncake_bench.records import RunInfo, read_run
 from mooncake_bench.replay.errors import ReplayError
+from mooncake_bench.replay.live_run import LiveRun
 from mooncake_bench.replay.options import ReplayOptions
 from mooncake_bench.replay.run import replay, write
+from mooncake_bench.replay.schedule import plan
+from mooncake_bench.replay.target import find_target
 from mooncake_bench.slo import SloError
 from workloads.model import Trace, build_frame
 from workloads.prompts import prompt_token_ids
@@ -101,6 +106,30 @@ def test_our_own_cluster_tells_its_timeline_and_samples():
     assert result.samples.height == 1
     assert 0.0 <= result.samples["time_s"][0] <= took_s
     assert result.info == info
+
+
+def test_a_replay_shows_the_clusters_samples_while_it_goes_on(tmp_path):
+    """Each of them once, whether or not the server leaves out those of before."""
+    row = ["prefill-1", "prefill", 0.5, 1, 2, 3, 4, 5, 6.0]
+    rows = [[10.0, *row], [11.0, *row]]
+    controls = MODELS | {
+        "/cluster/info": {"system": "disaggregated"},
+        "/cluster/samples": lambda: {"now_s": time.perf_counter(), "samples": rows},
+    }
+    whole = plan(a_trace([0.0]).frame, 1.0)
+    with serving(Server(good_stream, controls)) as server:
+        live = LiveRun(tmp_path, RunInfo(name="a", source="external", system="external"), whole)
+        target = msgspec.structs.replace(find_target(server.url), clock_ahead_s=0.0)
+        live.follow(target, 10.5)
+        live.add(None)
+        assert open_run(tmp_path).samples["time_s"].to_list() == [0.5]
+        rows.append([12.0, *row])
+        live._sample_at_s = 0.0
+        live.add(None)
+    assert open_run(tmp_path).samples["time_s"].to_list() == [0.5, 1.5]
+    live._sample_at_s = 0.0
+    live.add(None)  # A server that has gone costs the samples, no more.
+    live.close()
 
 
 def test_what_cannot_be_replayed_is_one_line_at_once():
