@@ -68,16 +68,14 @@ def attainment_surface(
 def cumulative(frame: pl.DataFrame, column: str) -> pl.DataFrame:
     """`metrics.cumulative_shares` with, at each point, a request that has that value."""
     curve = metrics.cumulative_shares(frame, column)
-    at = _rows_of(frame, column)
-    values, points = frame[column].to_numpy()[at], curve["value_s"].to_numpy()
-    # Looking each value up among the few points is cheaper than sorting a million values again.
-    nearest = np.minimum(np.searchsorted(points, values), max(points.size - 1, 0))
-    is_point = points[nearest] == values if points.size else np.zeros(0, dtype=bool)
-    requests = np.zeros(points.size, dtype=np.int64)
-    requests[nearest[is_point]] = frame["request"].to_numpy()[at[is_point]]
-    # Of equal values all points get the first one's.
-    first = np.searchsorted(points, points)
-    return curve.with_columns(pl.Series("request", requests[first], dtype=pl.Int64))
+    holders = (
+        frame.select("request", "status", pl.col(column).alias("value_s"))
+        .filter((pl.col("status") == "finished") & pl.col("value_s").is_in(curve["value_s"]))
+        .unique("value_s", keep="first", maintain_order=True)
+    )
+    # Looking few values up is cheaper than sorting a million requests by theirs.
+    found = curve.join(holders, on="value_s", how="left", maintain_order="left")
+    return found.select("value_s", "share", "request")
 
 
 def _rows_of(frame: pl.DataFrame, column: str) -> npt.NDArray[np.int64]:

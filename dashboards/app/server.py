@@ -40,7 +40,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 LIVE_EVERY_MS, IDLE_EVERY_MS = 500, 2500
 COOKIE = "mooncake_bench_token"
 PLOTLY = "/_dash-component-suites/plotly/package_data/plotly.min.js"
-"""Where Dash has it. It asks for it with the first figure; in the index it comes beside the rest."""
+"""Where Dash has it; the index asks for it at once, Dash itself only with the first figure."""
 
 log = logging.getLogger(__name__)
 

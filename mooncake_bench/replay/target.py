@@ -74,7 +74,9 @@ def fetch_samples(
     except (httpx.HTTPError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError):
         return empty
     moved = frame.with_columns(pl.col("time_s") - start_there_s)
-    return moved.filter(pl.col("time_s") >= 0.0, pl.col("time_s") > after_s).sort("time_s", maintain_order=True)
+    return moved.filter(pl.col("time_s") >= 0.0, pl.col("time_s") > after_s).sort(
+        "time_s", maintain_order=True
+    )
 
 
 def authorization() -> dict[str, str]:

@@ -168,7 +168,8 @@ def killed_run(directory: Path, url: str) -> dict[str, Any]:
     time.sleep(0.2)
     run = open_run(directory)
     return {"killed": run.state, "killed_requests": run.frame.height,
-            "killed_samples": run.samples.height, "killed_says": run.info.invalid_reasons}  # fmt: skip  # One thought.
+            "killed_samples": run.samples.height,
+            "killed_says": run.info.invalid_reasons}  # fmt: skip  # One thought.
 
 
 if __name__ == "__main__":
