@@ -70,7 +70,9 @@ def cumulative(frame: pl.DataFrame, column: str) -> pl.DataFrame:
     curve = metrics.cumulative_shares(frame, column)
     holders = (
         frame.select("request", "status", pl.col(column).alias("value_s"))
-        .filter((pl.col("status") == "finished") & pl.col("value_s").is_in(curve["value_s"]))
+        .filter(
+            (pl.col("status") == "finished") & pl.col("value_s").is_in(curve["value_s"].implode())
+        )
         .unique("value_s", keep="first", maintain_order=True)
     )
     # Looking few values up is cheaper than sorting a million requests by theirs.
