@@ -41,14 +41,17 @@ def make(kind: str, cache: PagedCache, members: Sequence[tuple[Sequence[int], in
 
 
 @pytest.mark.parametrize("scatter", [1, 10], ids=["dense", "scattered"])
+@pytest.mark.parametrize("page_tokens", [16, 40])
 @pytest.mark.parametrize("kind", ["torch", "native"])
-def test_a_batch_attends_to_its_own_pages(scatter: int, kind: str, device: str) -> None:
+def test_a_batch_attends_to_its_own_pages(
+    scatter: int, page_tokens: int, kind: str, device: str
+) -> None:
     """Sequences of different lengths, pages in any order, pages of others between them."""
     torch.manual_seed(0)
     if (kind, device) == ("native", "cuda:0"):
         pytest.skip("native attention is the CPU's")
     numbers = random.Random(2)
-    cache = PagedCache(PRESETS["tiny"], 400, 16, torch.float32, torch.device(device))
+    cache = PagedCache(PRESETS["tiny"], 400, page_tokens, torch.float32, torch.device(device))
     cache.kv.normal_()
     lengths = [1, 15, 16, 17, 90, 33]
     free = numbers.sample(range(25 * scatter), 20)
