@@ -211,6 +211,50 @@ def sources(frame: pl.DataFrame) -> go.Figure:
     return figure
 
 
+def reuse(curves: Sequence[Curve], sizes: Sequence[tuple[float, float] | None]) -> go.Figure:
+    """The share of block uses within a reuse distance: distance_blocks (log axis), share.
+
+    `sizes[i]` are the blocks of one pool of run i and of all its pools: marked on its curve.
+    """
+    figure = go.Figure()
+    for curve, size, dash in zip(curves, sizes, _each(len(curves)), strict=True):
+        distance = curve.frame["distance_blocks"].clip(lower_bound=1.0)
+        figure.add_scatter(
+            name=curve.label,
+            x=distance,
+            y=curve.frame["share"],
+            mode="lines",
+            line={"color": curve.colour, "width": 2, "dash": dash},
+            hovertemplate="%{y:.1%} within %{x:,.3~s} blocks<extra>%{fullData.name}</extra>",
+        )
+        if size is not None and distance.len():
+            figure.add_scatter(
+                name=curve.label,
+                x=list(size),
+                y=np.interp(size, distance, curve.frame["share"], left=0.0).tolist(),
+                customdata=["one instance's pool", "all pools together"],
+                mode="markers",
+                marker={
+                    "symbol": ["circle-open", "circle"],
+                    "color": curve.colour,
+                    "size": 11,
+                    "line_width": 2.5,
+                },
+                hovertemplate="%{customdata}: %{x:,.3~s} blocks would have %{y:.1%}"
+                "<extra>%{fullData.name}</extra>",
+            )
+    theme.styled(figure, height=300, x="reuse distance (blocks)", y="share of block uses")
+    figure.update_xaxes(type="log", dtick=1, tickformat=".0s", minor={"ticks": ""})
+    figure.update_yaxes(tickformat=".0%", range=[0, 1])
+    return figure
+
+
+def _each(count: int) -> list[str]:
+    """A dash for each of so many lines: those of one trace lie upon each other."""
+    dashes = ("solid", "9px,7px", "3px,5px", "12px,4px,3px,4px")
+    return [dashes[at % len(dashes)] for at in range(count)]
+
+
 def predictions(curves: Sequence[Curve]) -> go.Figure:
     """TTFT predicted against TTFT as it came: predicted_s, ttft_s, request."""
     figure = go.Figure()
@@ -248,23 +292,34 @@ def predictions(curves: Sequence[Curve]) -> go.Figure:
 
 
 def journey(frame: pl.DataFrame, marks: Sequence[tuple[float, str]]) -> go.Figure:
-    """One request's stages in time: stage, where, start_s, end_s (from its arrival).
+    """One request's stages in time: stage, where, part, start_s, end_s (from its arrival).
 
-    `marks` are lines at moments of the same clock, each with its name.
+    Parts of a stage share its line, every second one in a lighter shade. `marks` are lines at
+    moments of the same clock, each with its name.
     """
     figure = go.Figure()
-    places = frame.select("stage", "where").iter_rows()
+    is_new = pl.struct("stage", "where") != pl.struct("stage", "where").shift(1)
+    line = is_new.fill_null(True).cum_sum() - 1
+    lines = frame.with_columns(line.cast(pl.Int64).alias("line"))
+    stages = lines.group_by("line", maintain_order=True).agg(
+        pl.col("stage", "where").first(), pl.col("start_s").min(), pl.col("end_s").max()
+    )
+    places = stages.select("stage", "where").iter_rows()
     labels = [f"{STAGE_NAMES[stage]} · {escape(where or '?')}" for stage, where in places]
     end_s = max([*frame["end_s"].to_list(), *[at for at, _ in marks]], default=0.0)
-    for row, (stage, _, start, end) in enumerate(frame.iter_rows()):
+    before = -1
+    for stage, _, part, start, end, row in lines.iter_rows():
+        shade, before = (0.6 if row == before else 1.0), (-1 if row == before else row)
+        what = f"{labels[row]}{', ' if part else ''}{part}"
         figure.add_bar(
             y=[row],
             base=[start],
             x=[end - start],
             orientation="h",
-            marker={"color": theme.STAGE_COLOURS[stage], "line_width": 0},
-            hovertemplate=f"{labels[row]}<br>from {start:.4g} s to {end:.4g} s<extra></extra>",
+            marker={"color": theme.STAGE_COLOURS[stage], "line_width": 0, "opacity": shade},
+            hovertemplate=f"{what}<br>from {start:.4g} s to {end:.4g} s<extra></extra>",
         )
+    for row, start, end in stages.select("line", "start_s", "end_s").iter_rows():
         is_left = end < 0.8 * end_s
         figure.add_annotation(
             x=end if is_left else start,
@@ -275,13 +330,13 @@ def journey(frame: pl.DataFrame, marks: Sequence[tuple[float, str]]) -> go.Figur
             font={"color": theme.INK if is_left or start >= 0.1 * end_s else "#ffffff"},
         )
     theme.styled(
-        figure, height=80 + 17 * len(marks) + 32 * frame.height, x="seconds since arrival (s)"
+        figure, height=80 + 17 * len(marks) + 32 * stages.height, x="seconds since arrival (s)"
     )
     figure.update_layout(bargap=0.3, barmode="overlay", margin_t=12 + 17 * len(marks))
     figure.update_yaxes(
         autorange="reversed",
         showgrid=False,
-        tickvals=list(range(frame.height)),
+        tickvals=list(range(stages.height)),
         ticktext=labels,
         tickfont={"color": theme.INK},
     )

@@ -231,6 +231,48 @@ def sources_over_time(frame: pl.DataFrame, bins: int = 60) -> pl.DataFrame:
     )
 
 
+def replicas_over_time(frame: pl.DataFrame, bins: int = 60) -> pl.DataFrame:
+    """How many instances held a block that was asked for: time_s, replicas (mean), requests.
+
+    Mean over the requests that arrived in the bin and found somebody with a part of their prefix,
+    so that a block counts as often as it is asked for: hot ones most.
+    """
+    known = frame.filter(pl.col("prefix_replicas").is_not_null())
+    width = _width(frame["arrival_s"], bins)
+    return (
+        known.with_columns(_bin("arrival_s", width, bins))
+        .group_by("bin")
+        .agg(pl.col("prefix_replicas").mean().alias("replicas"), pl.len().alias("requests"))
+        .sort("bin")
+        .select(_middle(width), "replicas", "requests")
+    )
+
+
+def evictions_over_time(samples: pl.DataFrame, bins: int = 60) -> pl.DataFrame:
+    """Blocks that all pools together let go: time_s, blocks_per_s."""
+    width = _width(samples["time_s"], bins)
+    known = samples.filter(pl.col("evicted_blocks").is_not_null()).sort("instance", "time_s")
+    # The count of an instance that was lost begins anew.
+    fresh = pl.col("evicted_blocks").diff().over("instance").fill_null(0).clip(lower_bound=0)
+    return (
+        known.with_columns(fresh.alias("fresh"), _bin("time_s", width, bins))
+        .group_by("bin")
+        .agg(pl.col("fresh").sum() / width)
+        .sort("bin")
+        .select(_middle(width), pl.col("fresh").alias("blocks_per_s"))
+    )
+
+
+def pool_sizes(samples: pl.DataFrame) -> tuple[float, float] | None:
+    """Blocks of one instance's KVCache pool (mean), and of all together; None where not known."""
+    pools = samples.filter((pl.col("role") != "decode") & (pl.col("pool_capacity_blocks") > 0))
+    if not pools.height:
+        return None
+    sizes = pools.group_by("instance").agg(pl.col("pool_capacity_blocks").max())
+    total = float(sizes["pool_capacity_blocks"].sum())
+    return total / sizes.height, total
+
+
 def refused(frame: pl.DataFrame) -> pl.DataFrame:
     """Rejected and failed requests by status and reason: what each reason cost and spared.
 
@@ -300,22 +342,50 @@ STAGES_OF_A_JOURNEY = (
 )
 
 
-def journey(row: Mapping[str, Any]) -> pl.DataFrame:
-    """One request's stages in order: stage, where, start_s, end_s (both from its arrival).
+def journey(row: Mapping[str, Any], chunks: pl.DataFrame | None = None) -> pl.DataFrame:
+    """One request's stages in order: stage, where, part, start_s, end_s (both from its arrival).
 
-    A stage whose start or end was not recorded has no row; one of no length is there.
+    A stage whose start or end was not recorded has no row; one of no length is there. With
+    `chunks` (records.CHUNKS, its own) a prefill in chunks has a row for each, and where it is known
+    when its transfer began, that has one for what the prefill hid and one for the rest.
     """
     places = dict.fromkeys(("reuse_load", "prefill"), row["prefill"])
     places |= dict.fromkeys(("decode_queue", "decode"), row["decode"])
     found = []
     for stage, start, end in STAGES_OF_A_JOURNEY:
         begins, ends = row[start], row[end]
-        if begins is not None and ends is not None:
+        # Whoever decodes where it was prefilled transfers nothing.
+        is_moved = stage != "transfer" or row["prefill"] is None or row["prefill"] != row["decode"]
+        if begins is not None and ends is not None and is_moved:
             where = places.get(stage) or ("Conductor" if start == "arrival_s" else row["prefill"])
-            origin = row["arrival_s"]
-            found.append((stage, where, begins - origin, ends - origin))
-    schema = {"stage": pl.String, "where": pl.String, "start_s": pl.Float64, "end_s": pl.Float64}
-    return pl.DataFrame(found, schema=schema, orient="row")
+            if stage == "transfer" and row["decode"] is not None:
+                where = f"to {row['decode']}"
+            parts = _parts_of(stage, row, chunks) or [("", begins, ends)]
+            found += [(stage, where, *part) for part in parts]
+    text, time = pl.String, pl.Float64
+    schema = {"stage": text, "where": text, "part": text, "start_s": time, "end_s": time}
+    frame = pl.DataFrame(found, schema=schema, orient="row")
+    return frame.with_columns(pl.col("start_s", "end_s") - row["arrival_s"])
+
+
+def _parts_of(
+    stage: str, row: Mapping[str, Any], chunks: pl.DataFrame | None
+) -> list[tuple[str, float, float]]:
+    """(what, start, end) of each part of a stage; none where it has no parts."""
+    if stage == "prefill" and chunks is not None:
+        rows = chunks.select("tokens", "start_s", "end_s").iter_rows()
+        return [
+            (f"chunk {number} of {chunks.height}, {tokens:,} tokens", start_s, end_s)
+            for number, (tokens, start_s, end_s) in enumerate(rows, start=1)
+        ]
+    began_s, hidden_s = row.get("transfer_start_s"), row["prefill_end_s"]
+    if stage == "transfer" and began_s is not None:
+        parts = [
+            ("behind the prefill, layer by layer", began_s, hidden_s),
+            ("after the prefill", max(began_s, hidden_s), row["transferred_s"]),
+        ]
+        return [part for part in parts if part[1] <= part[2]]
+    return []
 
 
 def gaps_of(row: pl.DataFrame, spans: pl.DataFrame) -> pl.DataFrame:

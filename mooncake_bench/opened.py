@@ -14,6 +14,7 @@ import polars as pl
 
 from mooncake_bench import metrics, segments
 from mooncake_bench.records import (
+    EXTRAS,
     SAMPLES,
     SERVER_METRICS,
     SPANS,
@@ -60,10 +61,30 @@ class Opened:
 
     def server_metrics(self) -> pl.DataFrame:
         """What was scraped of the server's /metrics; empty where nothing was."""
-        path = self.directory / "server_metrics.parquet"
-        with contextlib.suppress(OSError, pl.exceptions.PolarsError):
-            return pl.read_parquet(path, glob=False).select(list(SERVER_METRICS))
-        return pl.DataFrame(schema=SERVER_METRICS)
+        found = self._extra("server_metrics")
+        return pl.DataFrame(schema=SERVER_METRICS) if found is None else found.collect()
+
+    def chunks(self, request: int) -> pl.DataFrame | None:
+        """One request's rows of records.CHUNKS, in time order; None where none were recorded."""
+        found = self._extra("chunks")
+        if found is None:
+            return None
+        return found.filter(pl.col("request") == request).sort("start_s").collect()
+
+    def reuse(self) -> pl.DataFrame | None:
+        """How the uses of blocks lie apart (records.REUSE); None where that was not recorded."""
+        found = self._extra("reuse")
+        return None if found is None else found.collect()
+
+    def _extra(self, name: str) -> pl.LazyFrame | None:
+        """A table that only some runs have; a broken one is as if it were not there."""
+        path = self.directory / f"{name}.parquet"
+        if self.tail is None and path.is_file():
+            with contextlib.suppress(OSError, pl.exceptions.PolarsError):
+                scan = pl.scan_parquet(path, glob=False).select(list(EXTRAS[name]))
+                if scan.collect_schema() == pl.Schema(EXTRAS[name]):
+                    return scan
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,16 @@ REQUESTS: dict[str, pl.DataType] = {
     "class": _TEXT,  # of the trace, for bounds of its own; null where the trace has none
     "attempts": _INT,  # sends of this one request, 1 without retries; null when simulated
     "retry_after_s": _FLOAT,  # what the last rejection asked for
+    # The first of its KV left for its decode instance: not in the order above, for layer by layer
+    # that is during the prefill.
+    "transfer_start_s": _FLOAT,
+    "prefix_replicas": _FLOAT,  # instances that held a block of its known prefix, mean over these
 }
 # Columns that runs of earlier versions lack; null there.
-_SINCE_FIRST = ("class", "attempts", "retry_after_s")
+_SINCE_FIRST = (
+    *("class", "attempts", "retry_after_s"),
+    *("transfer_start_s", "prefix_replicas", "evicted_blocks"),
+)
 
 # Token times after the first token: token j (from 0) of a row is at
 # start_s + (j + 1) first_gap_s + growth_s j (j + 1) / 2. Rows of a request are in time order.
@@ -77,6 +84,21 @@ SERVER_METRICS: dict[str, pl.DataType] = {
     "value": _FLOAT,
 }
 
+# One row a chunk of a prompt that was computed in more than one, in time order. Other prompts are
+# computed from prefill_start_s to prefill_end_s; without the file it is not known.
+CHUNKS: dict[str, pl.DataType] = {
+    "request": _INT,
+    "start_s": _FLOAT,
+    "end_s": _FLOAT,  # of a pipeline: of its first stage
+    "tokens": _INT,
+}
+
+# How the uses of blocks lie apart, of the trace that was offered (`workloads.statistics.reuse`).
+REUSE: dict[str, pl.DataType] = {
+    "distance_blocks": _FLOAT,  # different blocks used since the last use of the same one
+    "share": _FLOAT,  # of all uses of blocks, those with at most this distance
+}
+
 # One row an instance and sampling instant.
 SAMPLES: dict[str, pl.DataType] = {
     "time_s": _FLOAT,
@@ -89,6 +111,7 @@ SAMPLES: dict[str, pl.DataType] = {
     "pool_used_blocks": _INT,
     "pool_capacity_blocks": _INT,
     "link_bytes_per_s": _FLOAT,
+    "evicted_blocks": _INT,  # so far; begins anew with the instance
 }
 
 _NEVER_NULL = {
@@ -97,7 +120,8 @@ _NEVER_NULL = {
     "samples": ("time_s", "instance", "role"),
 }
 _SCHEMAS = {"requests": REQUESTS, "spans": SPANS, "samples": SAMPLES}
-
+EXTRAS = {"server_metrics": SERVER_METRICS, "chunks": CHUNKS, "reuse": REUSE}
+"""Tables that only some runs have."""
 
 TBT_FILE = "tbt.parquet"
 
@@ -156,12 +180,15 @@ def write_run(
     spans: pl.DataFrame | None = None,
     samples: pl.DataFrame | None = None,
     server_metrics: pl.DataFrame | None = None,
+    chunks: pl.DataFrame | None = None,
+    reuse: pl.DataFrame | None = None,
 ) -> Run:
     """Write the files of a run directory, whatever there is to write, and return the run.
 
     Beside its three tables, run.json and summary.json there is tbt.parquet: `metrics.request_tbt`,
     one row a request, so that whoever looks at the run need not go through its tokens again.
-    With `server_metrics` (columns SERVER_METRICS) there is server_metrics.parquet too.
+    With `server_metrics`, `chunks` and `reuse` (columns SERVER_METRICS, CHUNKS, REUSE) there are
+    files of these names too.
 
     The frames are cast to REQUESTS, SPANS and SAMPLES: a missing column becomes null unless it may
     not be, an unknown one is an error. Every file is complete before any takes its final name.
@@ -181,10 +208,10 @@ def write_run(
         f"{name}.parquet": frame.write_parquet for name, frame in frames.items()
     }
     writers[TBT_FILE] = times.write_parquet
-    if server_metrics is not None:
-        writers["server_metrics.parquet"] = server_metrics.cast(
-            pl.Schema(SERVER_METRICS)
-        ).write_parquet
+    given = {"server_metrics": server_metrics, "chunks": chunks, "reuse": reuse}
+    for name, frame in given.items():
+        if frame is not None:
+            writers[f"{name}.parquet"] = frame.cast(pl.Schema(EXTRAS[name])).write_parquet
     writers["summary.json"] = lambda file: file.write(_json(summary))
     writers["run.json"] = lambda file: file.write(_json(info))
     try:
@@ -280,6 +307,9 @@ def _write_all(directory: Path, writers: Mapping[str, Callable[[IO[bytes]], Any]
                 os.fsync(file.fileno())
         # All are whole before the first takes its name, and run.json comes last: a directory
         # with a run.json of this run has everything else of it too.
+        for name in EXTRAS:
+            if f"{name}.parquet" not in writers:
+                (directory / f"{name}.parquet").unlink(missing_ok=True)  # Another run's.
         for name in writers:
             partial[name].replace(directory / name)
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from mooncake_bench.records import Run, RunInfo, fingerprint, installed_versions, write_run
+from mooncake_bench.records import CHUNKS, Run, RunInfo, fingerprint, installed_versions, write_run
 from mooncake_bench.segments import SegmentWriter
 from mooncake_bench.slo import Slo
 from reference_cluster.cluster import Cluster
@@ -23,12 +23,13 @@ from reference_cluster.request import Request, Timeline
 from reference_cluster.samples import SAMPLE_COLUMNS
 from reference_cluster.simulate import Watch, collector_paused, simulate
 from reference_cluster.spans import span_columns
+from workloads.statistics import reuse
 from workloads.trace import Trace
 
 QUICK_S = 2.0
 """A simulation that takes less is over before anybody has opened a page."""
 
-STAMPS = [field.name for field in fields(Timeline)]
+STAMPS = [field.name for field in fields(Timeline) if field.name.endswith("_s")]
 AS_THEY_ARE = (
     "input_tokens",
     "reused_tokens",
@@ -36,6 +37,7 @@ AS_THEY_ARE = (
     "prefill_busy_s",
     "predicted_ttft_s",
     "predicted_tbt_s",
+    "prefix_replicas",
     "prefill",
     "decode",
     "status",
@@ -59,7 +61,10 @@ def simulate_trace(
     live = LiveSimulation(out, describe(trace, config, profile, speed, name), requests)
     with collector_paused():
         run = write_run(
-            out, *simulated_run(trace, config, profile, speed, name, live.watch, requests)
+            out,
+            *simulated_run(trace, config, profile, speed, name, live.watch, requests),
+            chunks=chunk_frame(requests),
+            reuse=reuse(trace),
         )
     live.close()
     return run
@@ -187,6 +192,12 @@ def request_frame(requests: list[Request]) -> pl.DataFrame:
     columns["output_tokens"] = [request.produced_tokens for request in requests]
     columns["output_tokens_asked"] = [request.output_tokens for request in requests]
     return pl.DataFrame(columns)
+
+
+def chunk_frame(requests: list[Request]) -> pl.DataFrame:
+    """Chunks of prompts as rows of records.CHUNKS."""
+    rows = [(one.id, *chunk) for one in requests for chunk in one.timeline.chunks]
+    return pl.DataFrame(rows, schema=CHUNKS, orient="row")
 
 
 def describe_trace(trace: Trace, speed: float) -> dict[str, Any]:

@@ -315,6 +315,8 @@ class BytesCarrier:
             is_last = stream.is_prefilled.is_set()
             if is_last or self.config.prefill.layerwise:
                 for local, remote in self.batches(chain, sent, room.ranges):
+                    if request.timeline.transfer_start_s is None:
+                        request.timeline.transfer_start_s = asyncio.get_running_loop().time()
                     busy_s += await self.write_to(peer, local, remote)
             if is_last:
                 break

@@ -252,12 +252,12 @@ class InstanceSample:
             load = 0.0 if one.is_shunned else one.queue_s(now_s) / slo.ttft_s
             running = int(one.running is not None)
             link = self.cluster.transport.sent_bytes_per_s(one.id)
-            used, size = pool.used, pool.capacity
-            return now_s, one.name, "prefill", load, len(one.queue), running, 0, used, size, link
+            row = now_s, one.name, "prefill", load, len(one.queue), running, 0
+            return *row, pool.used, pool.capacity, link, pool.evictions
         batch = one.batch
         context = batch.context_tokens_at(now_s, one.cost)
         load = one.cost.step_s(batch.size, context) / slo.tbt_s if batch.size else 0.0
-        waiting = len(one.waiting)
+        waiting, evicted = len(one.waiting), None
         if isinstance(one, DecodeLoad):
             size = one.capacity_tokens // self.cluster.config.block_tokens
             used = batch.kv_tokens // self.cluster.config.block_tokens
@@ -265,6 +265,6 @@ class InstanceSample:
         else:
             if not one.is_shunned:
                 load = max(load, one.queue_s(now_s) / slo.ttft_s)
-            size, used = one.pool.capacity, one.pool.used
+            size, used, evicted = one.pool.capacity, one.pool.used, one.pool.evictions
             role, running = "colocated", batch.size + len(one.started)
-        return now_s, one.name, role, load, waiting, running, context, used, size, 0.0
+        return now_s, one.name, role, load, waiting, running, context, used, size, 0.0, evicted

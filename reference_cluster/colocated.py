@@ -205,7 +205,7 @@ class ColocatedInstance(ColocatedLoad):
         chunk = Chunk(request, request.prefilled_tokens, request.input_tokens, is_first=True)
         end_s = await self.engine.prefill(start_s, chunk)
         request.prefill_busy_s += end_s - start_s
-        self.prefilled([chunk], end_s)
+        self.prefilled([chunk], start_s, end_s)
         return end_s
 
     async def decode(self, start_s: float) -> float:
@@ -233,14 +233,16 @@ class ColocatedInstance(ColocatedLoad):
         if self.batch.size:
             for request in self.batch.apply(span):
                 self.finish(request, span.end_s)
-        self.prefilled(filled, span.end_s)
+        self.prefilled(filled, start_s, span.end_s)
         return span.end_s
 
-    def prefilled(self, filled: list[Chunk], end_s: float) -> None:
+    def prefilled(self, filled: list[Chunk], start_s: float, end_s: float) -> None:
         """Account for computed chunks; complete prompts give their first token and join."""
         for chunk in filled:
             request = chunk.request
             request.prefilled_tokens = chunk.end
+            if not chunk.is_all:
+                request.timeline.computed(start_s, end_s, chunk.end - chunk.start)
             if chunk.end < request.input_tokens or request.is_cancelled:
                 continue
             self.started.remove(request)

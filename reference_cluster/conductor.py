@@ -95,6 +95,7 @@ class Conductor:
     def view(self, request: Request, in_flight: Collection[Request], now_s: float) -> ClusterView:
         """Everything a policy may see: at `now_s`, but for loads that were reported before."""
         held = self.index.prefixes(request.blocks)
+        request.prefix_replicas = replicas(held)
         queue_s, decode = self.loads.queues_s(now_s), self.loads.decoding(now_s)
         is_colocated = self.transport is None
         prefill = PrefillViews(queue_s, [])
@@ -136,6 +137,14 @@ class Conductor:
         bytes_per_s, negative_id = max((available(int(id)), -int(id)) for id in ids(instances))
         tokens = reusable_tokens(blocks, request.input_tokens, self.block_tokens)
         return Holder(-negative_id, blocks, tokens, bytes_per_s)
+
+
+def replicas(held: Prefixes) -> float | None:
+    """How many instances hold a block of the longest prefix, on average over its blocks."""
+    deepest = held[-1][0]
+    if not deepest:
+        return None
+    return sum(depth * instances.bit_count() for depth, instances in held) / deepest
 
 
 def at_most(blocks: int, held: Prefixes) -> Prefixes:

@@ -36,9 +36,18 @@ class Stamps(msgspec.Struct, array_like=True):
     prefill_busy_s: float = 0.0
     output: list[int] = []  # Its tokens, where they are real.
     has_stopped: bool = False  # They end by themselves.
+    transfer_start_s: float | None = None
+    chunks: Sequence[tuple[float, float, int]] = ()
 
 
-TIMES = ("fetched_s", "prefill_start_s", "prefill_end_s", "transferred_s", "first_token_s")
+TIMES = (
+    "fetched_s",
+    "prefill_start_s",
+    "prefill_end_s",
+    "transferred_s",
+    "first_token_s",
+    "transfer_start_s",
+)
 OTHERS = (
     "reused_tokens",
     "fetched_tokens",
@@ -70,6 +79,7 @@ class Beat(Message):
     pinned_blocks: int
     lag_s_max: float  # How late its engine woke at worst.
     counts: dict[str, float] = {}  # Since the start; names with their units.
+    evicted_blocks: int = 0  # Since the start, of its pool.
 
 
 class BlockEvent(Message):
@@ -324,6 +334,7 @@ def stamps_of(request: Request) -> Stamps:
         **{name: getattr(request.timeline, name) for name in TIMES},
         **{name: getattr(request, name) for name in OTHERS},
         output=request.output,
+        chunks=request.timeline.chunks,
     )
 
 
@@ -333,6 +344,7 @@ def stamp(request: Request, stamps: Stamps) -> None:
         at_s = getattr(stamps, name)
         if at_s is not None:
             setattr(request.timeline, name, at_s)
+    request.timeline.chunks = stamps.chunks or request.timeline.chunks
     for name in OTHERS:
         setattr(request, name, getattr(stamps, name))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
@@ -79,10 +80,14 @@ class Messenger:
         layers = self.cost.profile.layers
         if self.layerwise:
             cap = size_bytes * (layers - 1) / layers / prefill_s
+            request.timeline.transfer_start_s = self.now_s()
             handover.flow = self.transport.start(source, target, size_bytes, handover.moved, cap)
         else:
-            handover.flow = Later(self.transport, source, target, size_bytes, handover)
+            handover.flow = Later(self, request, source, target, size_bytes, handover)
         return handover
+
+    def now_s(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def fetch(self, tokens: int, source: int, target: int, on_done: Callable[[], None]) -> Flow:
         """Copy a prefix's KV of `tokens` from one prefill node to another."""
@@ -94,14 +99,22 @@ class Later:
     """A serialised store: the bytes begin to move when the whole prefill is done."""
 
     def __init__(
-        self, transport: Transport, source: int, target: int, size_bytes: int, handover: Handover
+        self,
+        messenger: Messenger,
+        request: Request,
+        source: int,
+        target: int,
+        size_bytes: int,
+        handover: Handover,
     ) -> None:
-        self.transport = transport
+        self.messenger = messenger
+        self.request = request
         self.source, self.target, self.size_bytes = source, target, size_bytes
         self.handover = handover
 
     def lift_cap(self) -> None:
-        self.handover.flow = self.transport.start(
+        self.request.timeline.transfer_start_s = self.messenger.now_s()
+        self.handover.flow = self.messenger.transport.start(
             self.source, self.target, self.size_bytes, self.handover.moved
         )
 

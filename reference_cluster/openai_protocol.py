@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 from zlib import crc32
 
@@ -24,6 +23,7 @@ STAMPS = (
     "first_token_s",
     "decode_start_s",
     "finished_s",
+    "transfer_start_s",
 )
 
 
@@ -255,17 +255,22 @@ def usage(request: Request) -> dict[str, Any]:
 
 def timeline(request: Request) -> dict[str, Any]:
     """What happened when, in seconds since the server received the request."""
-    stamps = asdict(request.timeline)
     begin_s = request.timeline.arrived_s
+    stamps = {name: getattr(request.timeline, name) for name in STAMPS}
     relative = {
-        name: None if stamps[name] is None else round(stamps[name] - begin_s, 9) for name in STAMPS
+        name: None if at_s is None else round(at_s - begin_s, 9) for name, at_s in stamps.items()
     }
     return {
         **relative,
+        "chunks": [
+            [round(start_s - begin_s, 9), round(end_s - begin_s, 9), tokens]
+            for start_s, end_s, tokens in request.timeline.chunks
+        ],
         "fetched_tokens": request.fetched_tokens,
         "prefill_busy_s": request.prefill_busy_s,
         "predicted_ttft_s": request.predicted_ttft_s,
         "predicted_tbt_s": request.predicted_tbt_s,
+        "prefix_replicas": request.prefix_replicas,
         "prefill": request.prefill,
         "decode": request.decode,
     }

@@ -272,8 +272,11 @@ class PrefillInstance(PrefillLoad):
         handover = self.hand_over(request, remaining_s)
         end_s = start_s
         for chunk in chunks(request, self.chunk_tokens):
+            began_s = max(end_s, stamps.prefill_start_s)
             end_s = await self.engine.prefill(end_s, chunk)
             request.prefilled_tokens = chunk.end
+            if not chunk.is_all:
+                stamps.computed(began_s, end_s, chunk.end - chunk.start)
             if request.is_cancelled:
                 break
         request.prefill_busy_s += end_s - start_s

@@ -190,6 +190,8 @@ def take_over(client: Request, attempt: Request) -> None:
     client.decode = attempt.decode or client.decode
     client.predicted_ttft_s = client.predicted_ttft_s or attempt.predicted_ttft_s
     client.predicted_tbt_s = client.predicted_tbt_s or attempt.predicted_tbt_s
+    if client.prefix_replicas is None:
+        client.prefix_replicas = attempt.prefix_replicas
     if is_first:
         client.reused_tokens = attempt.reused_tokens
         client.fetched_tokens = attempt.fetched_tokens

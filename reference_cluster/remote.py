@@ -48,6 +48,10 @@ class MirroredPool:
 
     capacity: int
     used: int = 0
+    evictions: int = 0
+
+    def beat(self, message: Beat) -> None:
+        self.used, self.evictions = message.used_blocks, message.evicted_blocks
 
 
 class IndexFollower:
@@ -112,7 +116,7 @@ class RemotePrefill(PrefillLoad):
             case BlockEvent():
                 self.follower.apply(message)
             case Beat():
-                self.pool.used = message.used_blocks
+                self.pool.beat(message)
 
     def started(self, message: Started) -> None:
         self.unqueue(message.id)
@@ -292,7 +296,8 @@ class RemoteColocated(ColocatedLoad):
             case BlockEvent():
                 self.follower.apply(message)
             case Beat():
-                self.pool.used, self.held_blocks = message.used_blocks, message.pinned_blocks
+                self.pool.beat(message)
+                self.held_blocks = message.pinned_blocks
 
     def begin(self, message: Started) -> None:
         request = find(self.waiting, message.id)

@@ -26,6 +26,15 @@ class Timeline:
     first_token_s: float | None = None
     decode_start_s: float | None = None  # Its first decode step begins.
     finished_s: float | None = None  # Or rejected, or failed.
+    # Out of that order: the first of its KV leaves for its decode instance, layer by layer while
+    # the prefill goes on, or after it.
+    transfer_start_s: float | None = None
+    # (start_s, end_s, tokens) of every chunk of a prompt that was computed in more than one.
+    chunks: Sequence[tuple[float, float, int]] = ()
+
+    def computed(self, start_s: float, end_s: float, tokens: int) -> None:
+        """A chunk of the prompt, which is not all of it."""
+        self.chunks = (*self.chunks, (start_s, end_s, tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,8 @@ class Request:
     prefill_busy_s: float = 0.0
     predicted_ttft_s: float | None = None
     predicted_tbt_s: float | None = None
+    # How many instances held a block of its longest known prefix, on average; None: nobody any.
+    prefix_replicas: float | None = None
     prefill: str | None = None  # Name of the instance.
     decode: str | None = None
     memberships: list[Membership] = field(default_factory=list)

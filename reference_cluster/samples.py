@@ -16,6 +16,7 @@ SAMPLE_COLUMNS = (
     "pool_used_blocks",
     "pool_capacity_blocks",
     "link_bytes_per_s",
+    "evicted_blocks",
 )
 
 

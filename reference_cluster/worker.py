@@ -142,6 +142,7 @@ class Worker:
             pool.reserved + len(pool.pins) if pool else 0,
             self.instance.engine.lag_s_max,
             self.counts(),
+            pool.evictions if pool else 0,
         )
 
     def counts(self) -> dict[str, float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 from workloads.model import Ints, Trace, flat_codes
 from workloads.transform import bucket_width_s, sessions
@@ -116,6 +118,50 @@ def prefix_hits(
             for _ in range(len(cache) - capacity_blocks):
                 cache.popitem(last=False)
     return hits
+
+
+def reuse(trace: Trace, looked_at: int = 20_000, points: int = 200) -> pl.DataFrame:
+    """How the uses of blocks lie apart: distance_blocks, share (of all uses, first ones too).
+
+    The distance of a use is the number of different blocks used since the last use of the same
+    one: an LRU cache of more blocks has it. Of a trace with more than `looked_at` uses an even
+    share of the blocks is followed and their distances scaled up (SHARDS with its adjustment,
+    Waldspurger et al., FAST '15).
+    """
+    codes, _ = flat_codes(trace)
+    share = min(1.0, looked_at / max(len(codes), 1))
+    # Fibonacci hashing: which blocks are followed has nothing to do with when they came.
+    hashes = codes.astype(np.uint64) * np.uint64(11400714819323198485)
+    followed = codes[(hashes >> np.uint64(40)) < np.uint64(round(share * 2**24))]
+    distances = np.sort(stack_distances(followed.tolist())) / share
+    # A block of half of all requests is followed or not: the uses that are too many or too few for
+    # the share are such, and near.
+    missing = round(len(codes) * share) - len(followed)
+    distances = np.concatenate([np.zeros(max(missing, 0)), distances[max(-missing, 0) :]])
+    ranks = np.unique(np.linspace(0, len(distances) - 1, min(points, len(distances))).astype(int))
+    return pl.DataFrame(
+        {
+            "distance_blocks": distances[ranks],
+            "share": (ranks + 1) / max(len(followed) + missing, 1),
+        },
+        schema={"distance_blocks": pl.Float64, "share": pl.Float64},
+    )
+
+
+def stack_distances(codes: Sequence[int]) -> Ints:
+    """Of each use but the first of a code: how many different codes came since its last use."""
+    last: dict[int, int] = {}
+    times: list[int] = []  # Of the last use of every code, rising.
+    distances = []
+    for time, code in enumerate(codes):
+        before = last.get(code)
+        if before is not None:
+            at = bisect_left(times, before)
+            distances.append(len(times) - at - 1)
+            del times[at]
+        last[code] = time
+        times.append(time)
+    return np.array(distances, dtype=np.int64)
 
 
 def session_sizes(trace: Trace) -> dict[int, int]:

@@ -326,10 +326,11 @@ def request(view: View) -> list[Part]:
         return [Words(f"{side.label} has no request {wanted}; give another number.", "empty")]
     row = rows.row(0, named=True)
     bounds = view.state.slo(side.slo)
-    stages = explore.journey(row)
+    chunks = side.shown.run.chunks(wanted)
+    stages = explore.journey(row, chunks)
     parts: list[Part] = [Heading(f"Request {wanted} of {side.label}"), Words(_said(row))]
     if stages.height:
-        parts.extend(_journey(row, stages, bounds))
+        parts.extend(_journey(row, stages, bounds, _in_parts(row, chunks)))
     gaps = explore.gaps_of(rows, side.shown.run.spans(wanted))
     if gaps.height:
         parts.append(
@@ -346,12 +347,49 @@ def request(view: View) -> list[Part]:
         *parts,
         Heading("Predicted and happened"),
         _expected(row),
+        *_predictions(view),
         Heading("All of its record"),
         _record(row),
     ]
 
 
-def _journey(row: dict[str, Any], stages: pl.DataFrame, bounds: Slo) -> list[Part]:
+def _in_parts(row: dict[str, Any], chunks: pl.DataFrame | None) -> str:
+    """What is known of its chunks and its transfer."""
+    if chunks is None:
+        prefill = "No chunks of prefills are recorded in this run: one bar."
+    elif chunks.height:
+        prefill = f"Prefilled in {chunks.height} chunks, told apart by shade."
+    else:
+        prefill = "Prefilled in one go."
+    if row["prefill"] is not None and row["prefill"] == row["decode"]:
+        return f"{prefill} It was decoded where it was prefilled: nothing was transferred."
+    if row["transfer_start_s"] is None:
+        return f"{prefill} When its transfer began is not recorded: what lasted beyond the prefill."
+    if row["prefill_end_s"] is not None and row["transfer_start_s"] >= row["prefill_end_s"]:
+        return f"{prefill} Its KV was sent after the prefill."
+    return f"{prefill} Its KV was sent layer by layer meanwhile: the lighter part came after."
+
+
+def _predictions(view: View) -> list[Part]:
+    """All requests: TTFT as the Conductor predicted it, and as it came."""
+    curves = view.curves(explore.predictions)
+    if not any(curve.frame.height for curve in curves):
+        return [Words("No run here tells what a Conductor predicted.", "empty")]
+    return [
+        Panel(
+            "request-predictions",
+            "What the Conductor predicted for all requests",
+            "A point a request, from its intended arrival: on the dashed line as predicted, "
+            "above it later. A click opens the request.",
+            explored.predictions(curves),
+            together(curves),
+            view.legend,
+            wide=True,
+        )
+    ]
+
+
+def _journey(row: dict[str, Any], stages: pl.DataFrame, bounds: Slo, in_parts: str) -> list[Part]:
     predicted = _predicted_from_arrival(row)
     marks = [(at, name) for at, name in ((predicted, "predicted"), (row["ttft_s"], "came")) if at]
     before = stages.filter(~pl.col("stage").is_in(figures.AFTER_FIRST_TOKEN))
@@ -361,9 +399,8 @@ def _journey(row: dict[str, Any], stages: pl.DataFrame, bounds: Slo) -> list[Par
             Panel(
                 "request-first-token",
                 "Until its first token",
-                "From its intended arrival. Of a prefill in chunks and of a transfer layer by "
-                "layer the records keep beginning and end; transfer is what of it lasted beyond "
-                "the prefill. Lines: the first token as predicted, and as it came.",
+                f"From its intended arrival. {in_parts} Lines: the first token as predicted, and "
+                "as it came.",
                 explored.journey(before, [(at, f"first token {name}") for at, name in marks]),
                 before,
                 wide=True,

@@ -14,6 +14,7 @@ from dashboards.app.state import MEASURES
 from dashboards.app.view import Side, View, together
 from dashboards.figures import Curve
 from mooncake_bench import explore, metrics
+from mooncake_bench.records import REUSE
 from mooncake_bench.slo import NOTHING, percent
 
 REFUSAL_BINS = 40
@@ -165,6 +166,8 @@ def cache(view: View) -> list[Part]:
         frame = view.ask(side, explore.sources_over_time)
         if frame.height:
             parts.append(_sources(side, frame))
+    more = [*_replicas(view), *_evictions(view), *_reuse(view)]
+    parts += [part for part in more if isinstance(part, Panel)]
     for side in view.sides:
         if side.shown.run.samples["pool_used_blocks"].count():
             pools = _of_samples(view, side, explore.load_map, "pool_used_blocks")
@@ -178,7 +181,8 @@ def cache(view: View) -> list[Part]:
                     wide=True,
                 )
             )
-    return [*parts, *_scraped(view)]
+    unknown = [part for part in more if not isinstance(part, Panel)]
+    return [*parts, *unknown, *_scraped(view)]
 
 
 def _sources(side: Side, frame: pl.DataFrame) -> Panel:
@@ -193,8 +197,82 @@ def _sources(side: Side, frame: pl.DataFrame) -> Panel:
     )
 
 
+def _replicas(view: View) -> list[Part]:
+    curves = view.curves(explore.replicas_over_time)
+    known, parts = _known(view, curves, "replicas of blocks")
+    if known:
+        panel = Panel(
+            "cache-replicas",
+            "Replicas of hot blocks",
+            "How many instances held a block of the prefix that a request asked for, mean by "
+            "arrival: a block counts as often as it is asked for.",
+            explored.lines(known, "replicas", "instances that hold a block"),
+            together(known),
+            view.legend,
+        )
+        parts.insert(0, panel)
+    return parts
+
+
+def _evictions(view: View) -> list[Part]:
+    curves = [
+        Curve(
+            theme.plain(s.label), s.colour, _of_samples(view, s, explore.evictions_over_time), s.key
+        )
+        for s in view.sides
+    ]
+    known, parts = _known(view, curves, "evictions")
+    if known:
+        panel = Panel(
+            "cache-evictions",
+            "Evictions",
+            "Blocks that the pools of a run together let go to make room, by time.",
+            explored.lines(known, "blocks_per_s", "evicted (blocks/s)"),
+            together(known),
+            view.legend,
+        )
+        parts.insert(0, panel)
+    return parts
+
+
+def _reuse(view: View) -> list[Part]:
+    """Reuse distances of the trace, with the sizes of the pools on them."""
+    empty = pl.DataFrame(schema=REUSE)
+    found = [(side, side.shown.run.reuse()) for side in view.sides]
+    curves = [
+        Curve(theme.plain(s.label), s.colour, empty if frame is None else frame, s.key)
+        for s, frame in found
+    ]
+    known, parts = _known(view, curves, "reuse distances")
+    if known:
+        keys = [curve.key for curve in known]
+        sizes = [explore.pool_sizes(s.shown.run.samples) for s in view.sides if s.key in keys]
+        panel = Panel(
+            "cache-reuse",
+            "Reuse distance",
+            "Of all uses of blocks in the trace, those with at most so many other blocks since "
+            "the last use of the same: an LRU pool of that size would have them. Ring: one "
+            "instance's pool; dot: all of a run's pools together.",
+            explored.reuse(known, sizes),
+            together(known),
+            view.legend,
+            wide=True,
+        )
+        parts.insert(0, panel)
+    return parts
+
+
+def _known(view: View, curves: list[Curve], what: str) -> tuple[list[Curve], list[Part]]:
+    """The curves that have data, and a line for the runs that have none."""
+    without = [
+        side.label for side, curve in zip(view.sides, curves, strict=True) if not curve.frame.height
+    ]
+    text = f"{', '.join(without)}: no record of {what}."
+    return [one for one in curves if one.frame.height], [Words(text, "quiet")] if without else []
+
+
 def _scraped(view: View) -> list[Part]:
-    """Tiers, replicas, evictions: what the server's own metrics said at the end."""
+    """Whatever the server's own metrics said at the end."""
     rows = []
     for side in view.sides:
         last = explore.last_of_server(side.shown.run.server_metrics(), CACHE_METRICS)
@@ -203,8 +281,8 @@ def _scraped(view: View) -> list[Part]:
     title = Heading("What the servers said of their caches")
     if not rows:
         text = (
-            "No run here has scraped metrics of tiers, replicas or evictions: give --scrape to "
-            "a replay. Reuse distances are of a trace: see mooncake-bench trace info."
+            "No run here has what a server's own metrics say of its cache: give --scrape to a "
+            "replay."
         )
         return [title, Words(text, "quiet")]
     heads = [(head, "") for head in ("metric", "run", "labels", "at the end")]

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from mooncake_bench.records import REQUESTS, SPANS, conform
+from mooncake_bench.records import CHUNKS, REQUESTS, SPANS, conform
 from mooncake_bench.replay.client import ClientStats
 from mooncake_bench.replay.options import ReplayOptions
 from mooncake_bench.replay.recorder import FAILED, ROW, STATUSES, Batch
@@ -20,7 +20,7 @@ _INTEGERS = ("http_status", "reused_tokens", "fetched_tokens", "attempts")
 _UNCHANGED = (
     *("sent_s", "placed_s", "fetched_s", "prefill_start_s", "prefill_end_s", "transferred_s"),
     *("first_token_s", "decode_start_s", "prefill_busy_s", "predicted_ttft_s", "predicted_tbt_s"),
-    "retry_after_s",
+    *("retry_after_s", "transfer_start_s", "prefix_replicas"),
     *_INTEGERS,
 )
 
@@ -109,6 +109,20 @@ def _spans(table: npt.NDArray[Any], batches: Sequence[Batch]) -> pl.DataFrame:
             "growth_s": np.zeros(len(start_s)),
         }
     )
+
+
+def build_chunks(batches: Sequence[Batch]) -> pl.DataFrame:
+    """The chunks of prefills that servers have told, as rows of records.CHUNKS."""
+    rows = [np.frombuffer(batch.pieces, dtype=np.float64).reshape(-1, 3) for batch in batches]
+    pieces = np.concatenate(rows or [np.empty((0, 3))])
+    tables = [batch.table() for batch in batches]
+    owners = [np.repeat(one["request"], one["chunks"].astype(np.int64)) for one in tables]
+    columns = {
+        "request": np.concatenate(owners or [np.empty(0)]),
+        **{name: pieces[:, at] for at, name in enumerate(("start_s", "end_s", "tokens"))},
+    }
+    frame = pl.DataFrame(columns).cast(pl.Schema(CHUNKS))
+    return frame.sort("request", "start_s", maintain_order=True)
 
 
 def judge(

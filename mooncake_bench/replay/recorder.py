@@ -15,7 +15,12 @@ FINISHED, REJECTED, FAILED = 1, 2, 3
 STATUSES = ("", "finished", "rejected", "failed")
 
 SERVER_STAMPS = ("placed_s", "fetched_s", "prefill_start_s", "prefill_end_s", "transferred_s")
-SERVER_NUMBERS = ("fetched_tokens", "prefill_busy_s", "predicted_ttft_s", "predicted_tbt_s")
+SERVER_NUMBERS = (
+    *("fetched_tokens", "prefill_busy_s", "predicted_ttft_s", "predicted_tbt_s"),
+    "prefix_replicas",
+)
+CHUNKS_MAX = 4096
+"""Of one request's prefill: no server is believed more."""
 COLUMNS = (
     "request",
     "arrival_s",  # intended
@@ -30,7 +35,9 @@ COLUMNS = (
     "reused_tokens",
     *SERVER_STAMPS,
     "decode_start_s",
+    "transfer_start_s",
     *SERVER_NUMBERS,
+    "chunks",  # of its prefill; 0 where it was one, or the server tells none
     "attempts",  # sends; more than one where a rejected request was sent again
     "retry_after_s",  # what the last rejection asked for
 )
@@ -60,7 +67,8 @@ class Batch(msgspec.Struct, frozen=True):
     """Finished records on their way: `rows` of ROW, texts beside them, token times of all.
 
     `times` holds float64 seconds: the token times of the first row, of the second, and so on,
-    `received_tokens` each.
+    `received_tokens` each. `pieces` holds the chunks of prefills alike, `chunks` each: float64
+    start, end and tokens.
     """
 
     rows: bytes
@@ -68,6 +76,7 @@ class Batch(msgspec.Struct, frozen=True):
     prefills: list[str | None]
     decodes: list[str | None]
     times: bytes
+    pieces: bytes = b""
 
     def table(self) -> npt.NDArray[Any]:
         return np.frombuffer(self.rows, dtype=ROW)
@@ -84,13 +93,14 @@ class Recorder:
         self._columns = {name: array("d", empty) for name in COLUMNS}
         self._columns["request"] = array("d", requests.astype(np.float64).tobytes())
         self._columns["arrival_s"] = array("d", due_s.tobytes())
-        for name in ("status", "received_tokens", "attempts"):
+        for name in ("status", "received_tokens", "attempts", "chunks"):
             self._columns[name] = array("d", bytes(8 * len(requests)))
         self._arrival_s = self._columns["arrival_s"]
         self._sent_s = self._columns["sent_s"]
         self._attempts = self._columns["attempts"]
         self._times: dict[int, array[float]] = {}
         self._texts: dict[int, tuple[str, str | None, str | None]] = {}
+        self._pieces: dict[int, array[float]] = {}
         self._fresh: list[int] = []
         self.tokens = 0
         self.counts = [0, 0, 0, 0]
@@ -144,15 +154,17 @@ class Recorder:
         table = np.empty(len(rows), dtype=ROW)
         for name, column in self._columns.items():
             table[name] = np.frombuffer(column)[rows]
-        times = array("d")
+        times, pieces = array("d"), array("d")
         for row in rows:
             times.extend(self._times.pop(row, ()))
+            pieces.extend(self._pieces.pop(row, ()))
         return Batch(
             rows=table.tobytes(),
             reasons=[text[0] for text in texts],
             prefills=[text[1] for text in texts],
             decodes=[text[2] for text in texts],
             times=(np.frombuffer(times, dtype=np.float64) - self.origin).tobytes(),
+            pieces=pieces.tobytes(),
         )
 
     def _take_usage(self, row: int, usage: dict[str, Any]) -> None:
@@ -176,8 +188,26 @@ class Recorder:
         decode_s = sent_s + _number(timeline.get("decode_start_s"))
         if decode_s == decode_s:
             columns["decode_start_s"][row] = min(max(latest_s, decode_s), finished_s)
+        transfer_s = sent_s + _number(timeline.get("transfer_start_s"))
+        if transfer_s == transfer_s:
+            columns["transfer_start_s"][row] = min(max(sent_s, transfer_s), latest_s)
         for name in SERVER_NUMBERS:
             columns[name][row] = _number(timeline.get(name))
+        if chunks := timeline.get("chunks"):
+            self._take_chunks(row, chunks, sent_s, latest_s)
+
+    def _take_chunks(self, row: int, chunks: Any, sent_s: float, latest_s: float) -> None:
+        """[start, end, tokens] of each, in seconds since the receipt; nonsense is left out."""
+        pieces = array("d")
+        for chunk in chunks[:CHUNKS_MAX] if isinstance(chunks, list) else ():
+            if not (
+                isinstance(chunk, list) and [type(one) in _NUMBER for one in chunk] == [True] * 3
+            ):
+                return
+            start_s, end_s, tokens = chunk
+            pieces.extend((min(sent_s + start_s, latest_s), min(sent_s + end_s, latest_s), tokens))
+        self._pieces[row] = pieces
+        self._columns["chunks"][row] = len(pieces) // 3
 
 
 def _number(value: Any) -> float:

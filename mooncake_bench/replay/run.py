@@ -19,7 +19,7 @@ import msgspec
 import polars as pl
 
 from mooncake_bench.records import Run, RunInfo, fingerprint, installed_versions, write_run
-from mooncake_bench.replay.assemble import build_frames, judge
+from mooncake_bench.replay.assemble import build_chunks, build_frames, judge
 from mooncake_bench.replay.bodies import (
     AHEAD_BYTES,
     CLOSED_AHEAD_BYTES,
@@ -45,6 +45,7 @@ from mooncake_bench.replay.target import (
 )
 from mooncake_bench.replay.tokenized import load_words
 from mooncake_bench.slo import Slo, parse_slos
+from workloads.statistics import reuse
 from workloads.trace import Trace
 
 START_MARGIN_S = 0.3
@@ -76,6 +77,8 @@ class ReplayResult:
     measured_s: tuple[float, float] | None = None
     """Requests that arrive in it count; the others are warm-up and cool-down."""
     server_metrics: pl.DataFrame | None = None
+    chunks: pl.DataFrame | None = None
+    """Of prefills, where the cluster tells of them."""
     live: LiveRun | None = None
     """What the run was looked at through; its directory's own files replace it."""
 
@@ -256,6 +259,7 @@ def conclude(
         not stopped and any(one.interrupted_at_s is not None for one in engines),
         options.salt,
         measured_window(options, _last_arrival_s(options, whole, requests)),
+        chunks=build_chunks(batches) if target.info else None,
     )
 
 
@@ -268,6 +272,8 @@ def write(result: ReplayResult, trace: Trace, options: ReplayOptions, directory:
         result.spans,
         result.samples,
         result.server_metrics,
+        result.chunks,
+        reuse(trace),
     )
     if result.live is not None:
         result.live.close()

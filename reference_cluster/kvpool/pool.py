@@ -19,6 +19,7 @@ class PoolUse(Protocol):
     def used(self) -> int: ...
 
     capacity: int
+    evictions: int  # Blocks that it has let go so far.
 
 
 def ignore(blocks: Sequence[Block]) -> None:

@@ -21,6 +21,11 @@ class Chunk:
     end: int
     is_first: bool
 
+    @property
+    def is_all(self) -> bool:
+        """There is no other chunk of this prompt."""
+        return self.is_first and self.end == self.request.input_tokens
+
 
 def chunks(request: Request, chunk_tokens: int) -> Iterator[Chunk]:
     """The uncached rest of a prompt, in order; the caller advances `prefilled_tokens`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,12 @@ from typing import Any
 import pytest
 
 from dashboards.app.store import Store
+from mooncake_bench import demo
+from tests.dashboards.browser import Watched
 from tests.mooncake_bench.conftest import made_up_run
+from tests.mooncake_bench.test_plan_run import PLAN, planned
+
+LIVE_S = 8.0
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +28,31 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made_up_run(where / "live-d", name="2P+2D", reject=0.06, **live)
     made_up_run(where / "live-c", name="4 colocated", system="colocated", slow=1.5, **live)
     made_up_run(where / "sim-d", name="8P+8D", requests=1500)
+    return where
+
+
+@pytest.fixture(scope="session")
+def two_plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small plan, and another one; not to be changed."""
+    where = tmp_path_factory.mktemp("plans")
+    planned(where / "made", PLAN.format(nodes=12))
+    for name in ("first", "second"):
+        (where / name).mkdir()
+        shutil.copy(where / "made" / "out" / "plan.json", where / name)
+    shutil.rmtree(where / "made")
+    return where
+
+
+@pytest.fixture(scope="session")
+def demo_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs as `mooncake-bench demo` makes them: those in MOONCAKE_DEMO, or shorter live ones."""
+    if made := os.environ.get("MOONCAKE_DEMO"):
+        return Path(made)
+    where = tmp_path_factory.mktemp("demo")
+    for name in ("simulated-8p8d", "simulated-16-colocated"):
+        demo.simulated(where / name, name, str)
+    for name in demo.LIVE:
+        demo.live(where / name, name, LIVE_S, str)
     return where
 
 
@@ -57,3 +88,18 @@ def chromium() -> Iterator[Any]:
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def watch(chromium: Any, runs: Path, serving: Callable[..., str]) -> Iterator[Any]:
+    """Opens pages over `runs`, or over other directories; in none of them anything goes wrong."""
+    opened: list[Watched] = []
+
+    def start(*roots: Path, **options: Any) -> Watched:
+        opened.append(Watched(chromium, serving(*(roots or (runs,))), **options))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.page.close()
+        assert one.errors == []

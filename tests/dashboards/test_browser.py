@@ -1,106 +1,21 @@
-"""Does the dashboard work in a browser? Chromium goes over every page and every control."""
+"""Does the dashboard work in a browser? Chromium touches every control and follows every click."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-import polars as pl
 import pytest
 
 from mooncake_bench import metrics
 from mooncake_bench.records import read_run
 from mooncake_bench.slo import Slo
+from tests.dashboards.browser import expected
+from tests.mooncake_bench.conftest import made_up_run
 
 pytest.importorskip("dash", reason="dash is not installed")
 pytestmark = pytest.mark.browser
-PAGES = ("overview", "slo", "latency", "request", "cluster", "cache", "rejections", "plan")
-
-
-class Watched:
-    """A page that remembers what went wrong and what it asked for."""
-
-    def __init__(self, chromium: Any, url: str, width: int = 1280, scheme: str = "light") -> None:
-        self.url = url
-        self.page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        self.errors: list[str] = []
-        self.page.on("console", self._console)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", self._asked)
-
-    def _console(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self.errors.append(message.text)
-
-    def _asked(self, request: Any) -> None:
-        if not request.url.startswith((self.url, "data:", "blob:")):
-            self.errors.append(f"asked for {request.url}")
-
-    def open(self, path: str) -> Any:
-        self.page.goto(self.url + path)
-        self.page.wait_for_selector("#page > *")
-        self.page.wait_for_selector("#controls .control")
-        return self.page
-
-    def shows(self, cell: str, value: float) -> None:
-        """Wait until the page says so: a crowded machine takes its time."""
-        self.page.wait_for_function(
-            '([cell, value]) => Math.abs(document.querySelector(`[data-cell="${cell}"]`)'
-            "?.dataset.value - value) < 1e-12",
-            arg=[cell, value],
-        )
-
-    def drawn(self) -> None:
-        """Wait until every figure of the page has its drawing."""
-        self.page.wait_for_function(
-            "document.querySelectorAll('[data-figure]').length == "
-            "document.querySelectorAll('.js-plotly-plot .main-svg:first-child').length"
-        )
-
-    def number(self, cell: str) -> float:
-        found = self.page.wait_for_selector(f'[data-cell="{cell}"]')
-        return float(found.get_attribute("data-value"))
-
-
-@pytest.fixture
-def watch(chromium: Any, runs: Path, serving: Callable[..., str]) -> Any:
-    url = serving(runs)
-    opened: list[Watched] = []
-
-    def start(**options: Any) -> Watched:
-        opened.append(Watched(chromium, url, **options))
-        return opened[-1]
-
-    yield start
-    for one in opened:
-        one.page.close()
-        assert one.errors == []
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-@pytest.mark.parametrize("name", PAGES)
-def test_every_page_is_drawn(watch: Any, name: str, width: int, scheme: str) -> None:
-    """Figures have a size and stay on the page; nothing scrolls sideways; nothing is fetched."""
-    seen = watch(width=width, scheme=scheme)
-    page = seen.open(f"/{name}")
-    seen.drawn()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    plots = page.locator(".js-plotly-plot")
-    assert plots.count() > 0 or name == "plan"
-    for at in range(plots.count()):
-        box = plots.nth(at).locator("svg.main-svg").first.bounding_box()
-        assert box["width"] > 200
-        assert box["x"] + box["width"] <= width
-    assert page.locator("[role=alert]").count() == 0
-
-
-def expected(directory: Path, slo: Slo, statistic: str = "tbt_s") -> float:
-    run = read_run(directory)
-    frame = metrics.per_request(run.requests, run.spans)
-    frame = frame.with_columns(pl.col(statistic).alias("tbt_s"))
-    return float(metrics.attained(frame, slo).sum()) / frame.height
 
 
 def test_moving_the_sliders_changes_the_numbers_to_what_metrics_computes(
@@ -133,28 +48,56 @@ def test_moving_the_sliders_changes_the_numbers_to_what_metrics_computes(
 
 def test_clicking_a_slow_request_opens_its_journey(watch: Any, runs: Path) -> None:
     """The highest point of the scatter leads to that request's page."""
-    page = watch().open("/latency?runs=sim-d")
-    plot = page.locator('[data-figure="latency-points"] .js-plotly-plot')
-    plot.locator(".point").first.wait_for()
-    plot.scroll_into_view_if_needed()
-    highest = plot.evaluate(
-        """plot => {
-          const t = plot._fullData[0], ys = Array.from(t.y), i = ys.indexOf(Math.max(...ys));
-          const box = plot.querySelector('.nsewdrag').getBoundingClientRect(), f = plot._fullLayout;
-          return {x: box.x + f.xaxis.d2p(t.x[i]), y: box.y + f.yaxis.d2p(t.y[i]),
-                  request: t.customdata[i][1]};
-        }"""
-    )
-    page.mouse.move(highest["x"] - 3, highest["y"])
-    page.mouse.move(highest["x"], highest["y"])
-    page.wait_for_timeout(200)
-    page.mouse.click(highest["x"], highest["y"])
+    seen = watch()
+    page = seen.open("/latency?runs=sim-d")
+    _, slowest = seen.click("latency-points", pick="t.y.indexOf(Math.max(...t.y))")
     page.wait_for_url("**/request?*")
     page.wait_for_selector('[data-figure="request-journey"] .js-plotly-plot')
     run = read_run(runs / "sim-d")
     frame = metrics.per_request(run.requests, run.spans).filter(status="finished")
-    assert highest["request"] == frame.sort("ttft_s")["request"][-1]
-    assert page.locator("h3").first.inner_text() == f"Request {highest['request']} of 8P+8D"
+    assert slowest == frame.sort("ttft_s")["request"][-1]
+    assert page.locator("h3").first.inner_text() == f"Request {slowest} of 8P+8D"
+
+
+# A page, a figure with points to click, and which of them.
+CLICKABLE = [
+    ("latency", "latency-cumulative", "5"),
+    ("latency", "latency-time", "3"),
+    ("request", "request-predictions", "0"),
+    ("rejections", "rejections-reasons-live-d", "0"),
+]
+
+
+@pytest.mark.parametrize(("name", "figure", "pick"), CLICKABLE)
+def test_every_point_leads_to_its_request(watch: Any, name: str, figure: str, pick: str) -> None:
+    """Curves, quantiles, predictions and reasons: each knows which request it is."""
+    seen = watch()
+    page = seen.open(f"/{name}?runs=live-d")
+    # The line of p99 alone has points; of a curve any is one.
+    key, request = seen.click(figure, 2 if figure == "latency-time" else 0, pick)
+    page.wait_for_url("**/request?*")
+    page.wait_for_selector(f"text=Request {request} of 2P+2D")
+    assert key == "live-d"
+
+
+def test_a_cell_of_the_load_map_leads_to_a_request(watch: Any, runs: Path) -> None:
+    """To the slowest that the instance began then: it is served by that instance."""
+    seen = watch()
+    page = seen.open("/cluster?runs=live-d")
+    plot = page.locator('[data-figure="cluster-map-live-d"] .js-plotly-plot')
+    area = plot.locator(".nsewdrag").first
+    area.wait_for()
+    box = area.bounding_box()
+    # The first row is prefill-0's, from its middle on until one of its requests is there.
+    for part in range(50, 90):
+        page.mouse.click(box["x"] + box["width"] * part / 100, box["y"] + 12)
+        page.wait_for_timeout(150)
+        if "/request" in page.url:
+            break
+    page.wait_for_selector('[data-figure="request-journey"]')
+    number = int(parse_qs(urlparse(page.url).query)["request"][0])
+    row = read_run(runs / "live-d").requests.filter(request=number).row(0, named=True)
+    assert row["prefill"] == "prefill-0"
 
 
 def test_the_slowest_are_reached_by_keyboard_alone(watch: Any) -> None:
@@ -240,3 +183,146 @@ def test_going_back_sets_the_controls_back(watch: Any) -> None:
     page.wait_for_selector("text=Load of every instance")
     page.go_back()
     page.wait_for_selector('[data-figure="latency-cumulative"]')
+
+
+# ---- every control -----------------------------------------------------------------------------
+
+
+def test_runs_are_found_by_name_and_sorted(watch: Any) -> None:
+    """Typing a part of a name leaves the runs that have it; sorting puts the best first."""
+    page = watch().open("/overview")
+    names = page.locator('[data-table="runs"] tbody th')
+    page.locator("[aria-labelledby=label-find] input").fill("live")
+    page.wait_for_selector("text=All runs (2 of 3)")
+    assert all("live" in name for name in names.all_inner_texts())
+    page.locator("[aria-labelledby=label-find] input").fill("")
+    page.wait_for_selector("text=All runs (3 of 3)")
+    for label, column, falls in (
+        ("attainment", "attainment", True),
+        ("goodput", "goodput (req/s)", True),
+        ("TTFT p99", "TTFT p99", False),
+        ("TBT p99", "TBT p99", False),
+        ("offered", "offered (requests)", True),
+    ):
+        page.locator("[aria-labelledby=label-sort]").get_by_text(label, exact=True).click()
+        page.wait_for_function(
+            """([column, falls]) => {
+              const cells = document.querySelectorAll(`[data-cell$=":${column}"]`);
+              const values = Array.from(cells).map(cell => Number(cell.dataset.value));
+              const sorted = [...values].sort((a, b) => falls ? b - a : a - b);
+              return values.length == 3 && String(values) == String(sorted);
+            }""",
+            arg=[column, falls],
+        )
+
+
+def test_a_run_in_the_table_leads_to_its_latencies(watch: Any) -> None:
+    """Beside those that were chosen."""
+    page = watch().open("/overview?runs=live-d")
+    page.locator('[data-table="runs"]').get_by_text("8P+8D (sim-d)").click()
+    page.wait_for_selector('[data-figure="latency-cumulative"]')
+    assert parse_qs(urlparse(page.url).query)["runs"] == ["live-d,sim-d"]
+
+
+def test_one_goes_back_to_each_run_s_own_bounds(watch: Any, runs: Path) -> None:
+    """A link under the numbers, where other bounds were chosen."""
+    seen = watch()
+    page = seen.open("/slo?runs=live-d,live-c&ttft=2&tbt=60")
+    seen.shows("card:live-c", expected(runs / "live-c", Slo(2.0, 0.06)))
+    page.get_by_text("Back to each run's own bounds").click()
+    seen.shows("card:live-c", expected(runs / "live-c", Slo(30.0, 0.1)))
+    assert "ttft" not in page.url
+
+
+def test_the_field_beside_a_slider_takes_exact_bounds(watch: Any, runs: Path) -> None:
+    """Typed instead of dragged."""
+    seen = watch()
+    page = seen.open("/slo?runs=live-d")
+    field = page.locator("[aria-labelledby=label-ttft] input[type=number]")
+    field.fill("1.7")
+    field.press("Enter")
+    page.wait_for_function("location.search.includes('ttft=1.7')")
+    seen.shows("card:live-d", expected(runs / "live-d", Slo(1.7, 0.1)))
+
+
+def test_points_lie_by_what_is_chosen(watch: Any) -> None:
+    """Input length or reused tokens, with the axis's title."""
+    seen = watch()
+    page = seen.open("/latency?runs=sim-d")
+    page.wait_for_selector("text=input length (tokens)")
+    seen.control("by", "reused tokens")
+    page.wait_for_selector("text=TTFT by reused tokens")
+    page.wait_for_selector("text=reused (tokens)")
+    for label in ("TBT", "TPOT", "end to end", "TTFT"):
+        seen.control("time", label)
+        page.wait_for_selector(f"text={label} of the requests")
+
+
+def test_a_request_is_reached_by_run_and_number(watch: Any) -> None:
+    """Another run shows its slowest; a number is shown as it is, one that is not there is said."""
+    seen = watch()
+    page = seen.open("/request?runs=live-d,live-c")
+    seen.control("run", "4 colocated")
+    page.wait_for_selector("h3:has-text('of 4 colocated')")
+    field = page.locator("[aria-labelledby=label-request] input")
+    field.fill("7")
+    page.wait_for_selector("text=Request 7 of 4 colocated")
+    field.fill("123456")
+    page.wait_for_selector("text=has no request 123456")
+
+
+def test_every_measure_of_instances_can_be_seen(watch: Any) -> None:
+    """Load, waiting, running, context."""
+    seen = watch()
+    page = seen.open("/cluster?runs=live-d")
+    for label in ("waiting requests", "running requests", "context in the batch", "load"):
+        seen.control("measure", label)
+        page.wait_for_selector(f"text={label.capitalize()} of every instance")
+
+
+def test_the_theme_can_be_chosen(watch: Any) -> None:
+    """Whatever the system's is, and back to the system's."""
+    seen = watch(scheme="light")
+    page = seen.open("/overview")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    seen.control("theme", "dark")
+    page.wait_for_function(f"{paper} != '{light}'")
+    seen.control("theme", "auto")
+    page.wait_for_function(f"{paper} == '{light}'")
+    seen.control("theme", "light")
+    page.wait_for_function("document.documentElement.dataset.theme == 'light'")
+
+
+def test_many_runs_are_chosen_from_a_menu(watch: Any, tmp_path: Path) -> None:
+    """More than fit as boxes: a list to search in, with a cross at each chosen one."""
+    for number in range(10):
+        made_up_run(tmp_path / f"run-{number}", name=f"run {number}", requests=30)
+    page = watch(tmp_path).open("/overview?runs=run-0")
+    menu = page.locator("[aria-labelledby=label-runs]")
+    menu.locator("button").first.click()
+    page.get_by_role("option", name="run-7").click()
+    page.wait_for_function("location.search.includes('run-7')")
+    page.wait_for_selector('[data-cell="card:run-7"]')
+    assert page.locator(".card").count() == 2
+
+
+def test_plans_are_chosen_by_name(watch: Any, two_plans: Path) -> None:
+    """The page shows the one that the control names."""
+    seen = watch(two_plans)
+    page = seen.open("/plan")
+    page.wait_for_selector("text=Plan first")
+    seen.control("plan", "second")
+    page.wait_for_selector("h3:has-text('Plan second')")
+    page.reload()
+    page.wait_for_selector("h3:has-text('Plan second')")
+
+
+def test_the_page_is_reached_past_the_links(watch: Any) -> None:
+    """The first thing that Tab comes to skips navigation and controls."""
+    page = watch().open("/overview")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the page"
+    page.keyboard.press("Enter")
+    page.wait_for_function("location.hash == '#page'")
+    page.wait_for_selector(".card")

@@ -71,8 +71,26 @@ def made_up_run(
     }
     samples = _samples(rng, float(frame["arrival_s"][-1]), instances, slow, system)
     return records.write_run(
-        directory, RunInfo(**{**described, **info}), frame.drop("end_s"), spans, samples
+        directory,
+        RunInfo(**{**described, **info}),
+        frame.drop("end_s"),
+        spans,
+        samples,
+        chunks=_chunks(frame),
+        reuse=pl.DataFrame({"distance_blocks": [3.0, 900.0, 60_000.0], "share": [0.1, 0.3, 0.5]}),
     )
+
+
+def _chunks(frame: pl.DataFrame) -> pl.DataFrame:
+    """Prompts of more than 8,192 computed tokens in two chunks of equal time."""
+    rows = []
+    long = frame.filter(pl.col("input_tokens") - pl.col("reused_tokens") > 8192)
+    for row in long.iter_rows(named=True):
+        start, end = row["prefill_start_s"], row["prefill_end_s"]
+        middle, tokens = (start + end) / 2, row["input_tokens"] - row["reused_tokens"]
+        rows.append((row["request"], start, middle, 8192))
+        rows.append((row["request"], middle, end, tokens - 8192))
+    return pl.DataFrame(rows, schema=records.CHUNKS, orient="row")
 
 
 def _requests(
@@ -110,6 +128,8 @@ def _requests(
         "transferred_s": transferred,
         "first_token_s": transferred,
         "decode_start_s": decode_start,
+        "transfer_start_s": start,
+        "prefix_replicas": 1 + rng.poisson(1.5, count),
     }
     role = "prefill" if system == "disaggregated" else "colocated"
     frame = pl.DataFrame(
@@ -175,7 +195,9 @@ def _samples(
                 2, 0.06
             )
             used = int(5860 * min(1.0, time / 1800))
-            rows.append((time, f"{role}-{index}", role, float(load), 1, 4, 90_000, used, 5860, 1e9))
+            name, evicted = f"{role}-{index}", None if role == "decode" else int(time * 2)
+            row = (time, name, role, float(load), 1, 4, 90_000, used, 5860, 1e9, evicted)
+            rows.append(row)
     return pl.DataFrame(rows, schema=records.SAMPLES, orient="row")
 
 

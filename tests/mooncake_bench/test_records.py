@@ -29,7 +29,9 @@ def test_a_run_reads_back_as_it_was_written(a_run: ARun) -> None:
     for name in ("requests", "spans", "samples"):
         assert_frame_equal(getattr(again, name), getattr(run, name))
     assert sorted(path.name for path in run.directory.iterdir()) == [
+        "chunks.parquet",
         "requests.parquet",
+        "reuse.parquet",
         "run.json",
         "samples.parquet",
         "spans.parquet",
@@ -47,6 +49,16 @@ def test_what_exists_of_an_interrupted_run_is_kept(tmp_path: Path) -> None:
     assert nothing.summary["offered"] == 0
     assert nothing.summary["attainment"] is None
     assert read_run(tmp_path / "nothing").requests.height == 0
+
+
+def test_another_run_s_extra_tables_do_not_stay(a_run: ARun) -> None:
+    """Written over by a run without chunks and reuse distances, a directory has none."""
+    directory = a_run("run", requests=20).directory
+    assert directory is not None
+    assert (directory / "chunks.parquet").is_file()
+    write_run(directory, INFO, ONE)
+    assert not (directory / "chunks.parquet").exists()
+    assert not (directory / "reuse.parquet").exists()
 
 
 def test_columns_are_cast_and_put_in_order(tmp_path: Path) -> None:

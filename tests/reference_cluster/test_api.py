@@ -22,6 +22,7 @@ from reference_cluster.api import BODY_BYTES_MAX, Front
 from reference_cluster.engines.modelled import ModelledEngine
 from reference_cluster.errors import ServeError
 from reference_cluster.policies.batching import Chunk
+from reference_cluster.samples import SAMPLE_COLUMNS
 from reference_cluster.serve import listen, serve
 from tests.reference_cluster.live import FAST, SLOW, live, wait_until
 from tests.reference_cluster.small import a_config, write_profile
@@ -160,6 +161,9 @@ def test_a_timeline_tells_what_happened_when(client: httpx.Client, stream: bool)
     assert timeline["predicted_ttft_s"] > 0.0
     assert timeline["predicted_tbt_s"] > 0.0
     assert timeline["fetched_tokens"] == 0
+    assert timeline["chunks"] == []
+    if timeline["prefill"] != timeline["decode"]:
+        assert 0.0 < timeline["transfer_start_s"] <= timeline["transferred_s"]
     assert timeline["prefill"].split("-")[0] in ("prefill", "colocated")
     assert timeline["decode"].split("-")[0] in ("decode", "colocated")
 
@@ -197,10 +201,10 @@ def test_models_health_and_info(client: httpx.Client, server: tuple[httpx.Client
 
 
 def test_samples_are_on_the_servers_clock(client: httpx.Client) -> None:
-    """Rows of the ten columns, none of them later than now."""
+    """Rows of SAMPLE_COLUMNS, none of them later than now."""
     wait_until(lambda: client.get("/cluster/samples").json()["samples"])
     answer = client.get("/cluster/samples").json()
-    assert all(len(row) == 10 for row in answer["samples"])
+    assert all(len(row) == len(SAMPLE_COLUMNS) for row in answer["samples"])
     assert all(0.0 <= row[0] <= answer["now_s"] for row in answer["samples"])
     names = {row[1] for row in answer["samples"]}
     assert names in ({"prefill-0", "prefill-1", "decode-0"}, {"colocated-0"})

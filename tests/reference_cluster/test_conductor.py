@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from reference_cluster.blocks import reusable_tokens
 from reference_cluster.cluster import Cluster
-from reference_cluster.conductor import Conductor
+from reference_cluster.conductor import Conductor, replicas
 from reference_cluster.config import Batching, Eviction, Scheduling
 from reference_cluster.kvpool.index import PrefixIndex
 from reference_cluster.policies.admission import Rejected
@@ -239,3 +239,9 @@ def test_a_block_of_one_holder_shares_its_integer(instances: int) -> None:
     assert index.holders["a"] is index.bits[-1]
     index.evicted(instances - 1, "ab")
     assert index.holders == {}
+
+
+def test_replicas_are_counted_block_by_block() -> None:
+    """Of 4 known blocks the first 2 are in 3 instances, the others in one: 2 on average."""
+    assert replicas([(0, 0b10000), (2, 0b0110), (4, 0b1000)]) == (2 * 2 + 4) / 4
+    assert replicas([(0, 0b111)]) is None

@@ -141,3 +141,25 @@ def test_a_cancel_during_a_fetch_leaves_nothing_behind() -> None:
     assert wanting.status == "failed"
     stamps = wanting.timeline
     assert (stamps.fetched_s, stamps.prefill_start_s, stamps.finished_s) == (None, None, 20.5)
+
+
+# ---- what is recorded of it ------------------------------------------------------------------
+
+
+def test_the_chunks_of_a_prompt_are_recorded_and_when_its_kv_began_to_leave() -> None:
+    """100 tokens in chunks of 40: 0.1 s and 1 ms a token; its first layer leaves at once."""
+    request = a_request(0)
+    served(a_config(prefill={"chunk_tokens": 40}), [request])
+    starts_s, ends_s, tokens = zip(*request.timeline.chunks, strict=True)
+    assert tokens == (40, 40, 20)
+    assert starts_s == pytest.approx((0.0, 0.14, 0.18))
+    assert ends_s == pytest.approx((0.14, 0.18, 0.2))
+    assert request.timeline.transfer_start_s == 0.0
+
+
+def test_a_prompt_computed_in_one_go_has_no_chunks() -> None:
+    """Its prefill's start and end say it all; sent whole, its KV leaves at that end."""
+    request = a_request(0)
+    served(a_config(prefill={"layerwise": False}), [request])
+    assert request.timeline.chunks == ()
+    assert request.timeline.transfer_start_s == request.timeline.prefill_end_s

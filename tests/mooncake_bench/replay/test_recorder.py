@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooncake_bench.records import REQUESTS, SPANS, conform
-from mooncake_bench.replay.assemble import build_frames, judge
+from mooncake_bench.replay.assemble import build_chunks, build_frames, judge
 from mooncake_bench.replay.client import ClientStats
 from mooncake_bench.replay.live import LiveView
 from mooncake_bench.replay.options import ReplayOptions
@@ -129,6 +129,20 @@ def test_the_servers_stamps_are_put_on_our_clock():
     row = build_frames(plan, [batch_of(recorder)])[0].row(0, named=True)
     assert (row["placed_s"], row["fetched_s"], row["prefill_end_s"]) == (2.25, None, 3.0)
     assert (row["decode_start_s"], row["prefill_busy_s"], row["prefill"]) == (3.5, 0.5, "p-1")
+
+
+def test_chunks_of_a_prefill_are_put_on_our_clock():
+    """Sent at 2.0: [start, end, tokens] since the receipt; nothing ends after the first token."""
+    plan = a_plan(2)
+    recorder = a_recorder(plan)
+    for row, chunks in enumerate(([[0.1, 0.4, 512], [0.4, 9.0, 88]], [["a", 1, 2]])):
+        recorder.sent(row, ORIGIN + 2.0)
+        timeline = {"transfer_start_s": 0.25, "chunks": chunks}
+        recorder.settle(a_finish(row, [3.0, 4.0], timeline=timeline))
+    batch = batch_of(recorder)
+    assert build_chunks([batch]).rows() == [(0, 2.1, 2.4, 512), (0, 2.4, 3.0, 88)]
+    assert build_frames(plan, [batch])[0]["transfer_start_s"].to_list() == [2.25, 2.25]
+    assert build_chunks([]).height == 0
 
 
 def stats(**changes) -> ClientStats:
