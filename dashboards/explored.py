@@ -244,8 +244,8 @@ def reuse(curves: Sequence[Curve], sizes: Sequence[tuple[float, float] | None]) 
                 "<extra>%{fullData.name}</extra>",
             )
     theme.styled(figure, height=300, x="reuse distance (blocks)", y="share of block uses")
-    figure.update_xaxes(type="log", dtick=1, tickformat=".0s", minor={"ticks": ""})
-    figure.update_yaxes(tickformat=".0%", range=[0, 1])
+    figure.update_xaxes(type="log", dtick=1, tickformat=".0s")
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero", nticks=6)
     return figure
 
 
@@ -279,7 +279,7 @@ def predictions(curves: Sequence[Curve]) -> go.Figure:
     theme.styled(figure, height=340, x="TTFT as predicted", y="TTFT as it came")
     if values:
         low, high = min(values) * 0.8, max(values) * 1.3
-        figure.update_xaxes(**theme.seconds_log_axis(low, high))
+        figure.update_xaxes(**theme.seconds_log_axis(low, high, 4))
         figure.update_yaxes(**theme.seconds_log_axis(low, high))
         figure.add_scatter(
             x=[low, high],
@@ -305,12 +305,13 @@ def journey(frame: pl.DataFrame, marks: Sequence[tuple[float, str]]) -> go.Figur
         pl.col("stage", "where").first(), pl.col("start_s").min(), pl.col("end_s").max()
     )
     places = stages.select("stage", "where").iter_rows()
-    labels = [f"{STAGE_NAMES[stage]} · {escape(where or '?')}" for stage, where in places]
+    # Two lines: on a phone the time needs the width.
+    labels = [f"{STAGE_NAMES[stage]}<br>{escape(where or '?')}" for stage, where in places]
     end_s = max([*frame["end_s"].to_list(), *[at for at, _ in marks]], default=0.0)
     before = -1
     for stage, _, part, start, end, row in lines.iter_rows():
         shade, before = (0.6 if row == before else 1.0), (-1 if row == before else row)
-        what = f"{labels[row]}{', ' if part else ''}{part}"
+        what = f"{labels[row].replace('<br>', ', ')}{', ' if part else ''}{part}"
         figure.add_bar(
             y=[row],
             base=[start],
@@ -320,17 +321,17 @@ def journey(frame: pl.DataFrame, marks: Sequence[tuple[float, str]]) -> go.Figur
             hovertemplate=f"{what}<br>from {start:.4g} s to {end:.4g} s<extra></extra>",
         )
     for row, start, end in stages.select("line", "start_s", "end_s").iter_rows():
-        is_left = end < 0.8 * end_s
+        is_left, is_inside = end < 0.75 * end_s, start < 0.4 * end_s
         figure.add_annotation(
             x=end if is_left else start,
             y=row,
             text=f" {seconds(end - start)} ",
             showarrow=False,
-            xanchor="left" if is_left or start < 0.1 * end_s else "right",
-            font={"color": theme.INK if is_left or start >= 0.1 * end_s else "#ffffff"},
+            xanchor="left" if is_left or is_inside else "right",
+            font={"color": theme.INK if is_left or not is_inside else "#ffffff"},
         )
     theme.styled(
-        figure, height=80 + 17 * len(marks) + 32 * stages.height, x="seconds since arrival (s)"
+        figure, height=80 + 17 * len(marks) + 36 * stages.height, x="seconds since arrival (s)"
     )
     figure.update_layout(bargap=0.3, barmode="overlay", margin_t=12 + 17 * len(marks))
     figure.update_yaxes(
@@ -338,11 +339,11 @@ def journey(frame: pl.DataFrame, marks: Sequence[tuple[float, str]]) -> go.Figur
         showgrid=False,
         tickvals=list(range(stages.height)),
         ticktext=labels,
-        tickfont={"color": theme.INK},
+        tickfont={"color": theme.INK, "size": 11.5},
     )
-    figure.update_xaxes(range=[0, end_s * 1.04 or 1.0], nticks=6, tickangle=0)
+    figure.update_xaxes(range=[0, end_s * 1.04 or 1.0], nticks=4, tickangle=0)
     for step, (at, text) in enumerate(marks):
-        _down(figure, at, f"{text} {seconds(at)}", step, at > 0.5 * end_s)
+        _down(figure, at, f"{text} {seconds(at)}", step, at > 0.3 * end_s)
     return figure
 
 

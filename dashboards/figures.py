@@ -77,11 +77,11 @@ def capacity_bars(
             constraintext="none",  # Plotly would shrink some labels beside others.
             textangle=0,
             cliponaxis=False,
-            textfont={"color": theme.INK, "size": 11 if len(labels) < 3 else 10},
+            textfont={"color": theme.INK, "size": 10},
             hovertemplate="%{text} of requests<extra>%{fullData.name}</extra>",
         )
     theme.styled(figure, height=300, x="TBT bound", y="offered requests within SLO")
-    figure.update_layout(bargap=0.32, bargroupgap=0.08)
+    figure.update_layout(bargap=0.14, bargroupgap=0.06)
     figure.update_xaxes(showgrid=False, tickangle=0, tickfont={"color": theme.INK})
     figure.update_yaxes(**_SHARE_AXIS)
     return figure

@@ -91,13 +91,15 @@ def plain(text: str) -> str:
     return escape(text)
 
 
-def seconds_log_axis(low_s: float, high_s: float) -> dict[str, object]:
-    """A logarithmic axis of seconds from `low_s` to `high_s`, labelled the way people say them."""
-    # As dense as five labels side by side on a phone allow.
+def seconds_log_axis(low_s: float, high_s: float, most: int = 5) -> dict[str, object]:
+    """A logarithmic axis of seconds from `low_s` to `high_s`, labelled the way people say them.
+
+    `most` labels find room side by side on a phone, where decades alone are not more.
+    """
     for digits in ((1, 2, 5), (1, 3), (1,)):
         ticks = [digit * 10.0**power for power in range(-6, 6) for digit in digits]
         ticks = [tick for tick in ticks if low_s <= tick <= high_s]
-        if len(ticks) <= 5:
+        if len(ticks) <= most:
             break
     return {
         "type": "log",

@@ -80,7 +80,7 @@ def _row(view: View, key: str, one: Glance | Broken) -> tuple[list[Cell], str]:
         Cell(seconds(ttft), ttft),
         Cell(seconds(tbt), tbt),
         Cell(percent(hits), hits),
-        Cell(info.started_at or NOTHING),
+        Cell(info.started_at[:16].replace("T", " ") or NOTHING),
     ], ""
 
 

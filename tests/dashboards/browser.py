@@ -28,7 +28,7 @@ CLASHES = """() => {
       for (const other of texts.slice(at + 1)) {
         const wide = Math.min(box.right, other.box.right) - Math.max(box.left, other.box.left);
         const high = Math.min(box.bottom, other.box.bottom) - Math.max(box.top, other.box.top);
-        if (wide > 2 && high > 4) found.push(`${name}: "${says}" on "${other.says}"`);
+        if (wide > -2 && high > 4) found.push(`${name}: "${says}" on "${other.says}"`);
       }
     }
   }
