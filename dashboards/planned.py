@@ -154,7 +154,8 @@ def shares(points: Sequence[Share], target: float, x: str) -> go.Figure:
     """Attainment over the values of one setting, in their order; the target across."""
     figure = go.Figure()
     figure.add_scatter(
-        x=[point.label for point in points],
+        # In two lines, "100 Gbps" and its neighbours fit on a phone.
+        x=[point.label.replace(" ", "<br>") for point in points],
         y=[point.value for point in points],
         error_y={
             "type": "data",

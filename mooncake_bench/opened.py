@@ -50,14 +50,17 @@ class Opened:
     tail: Tail | None = field(default=None, repr=False)
 
     def spans(self, request: int) -> pl.DataFrame:
-        """One request's spans, in time order."""
+        """One request's spans, in time order; raises RecordsError."""
         path = self.directory / "spans.parquet"
         if self.tail is not None:
             return self.tail.spans(request)
         if not path.is_file():
             return pl.DataFrame(schema=SPANS)
-        rows = pl.scan_parquet(path, glob=False).filter(pl.col("request") == request)
-        return rows.select(list(SPANS)).collect().sort("start_s", maintain_order=True)
+        try:
+            rows = pl.scan_parquet(path, glob=False).filter(pl.col("request") == request)
+            return rows.select(list(SPANS)).collect().sort("start_s", maintain_order=True)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise RecordsError(_truncated(path, error)) from error
 
     def server_metrics(self) -> pl.DataFrame:
         """What was scraped of the server's /metrics; empty where nothing was."""
@@ -197,14 +200,18 @@ def _tbt(directory: Path, requests: pl.DataFrame) -> pl.DataFrame:
     except FileNotFoundError:
         raise RecordsError(f"{spans}: no such file; the run was not written to its end") from None
     except (OSError, pl.exceptions.PolarsError) as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise RecordsError(f"{spans}: truncated or not Parquet ({first}); run again") from error
+        raise RecordsError(_truncated(spans, error)) from error
     # A wish: a directory that cannot be written is read anew the next time.
     with contextlib.suppress(OSError):
         partial = kept.with_name(f".{TBT_FILE}.{os.getpid()}.partial")
         times.write_parquet(partial)
         partial.replace(kept)
     return times
+
+
+def _truncated(path: Path, error: Exception) -> str:
+    first = str(error).strip().split("\n", 1)[0]
+    return f"{path}: truncated or not Parquet ({first}); run again to write it anew"
 
 
 def _in_parts(requests: pl.DataFrame, path: Path) -> Iterator[pl.DataFrame]:

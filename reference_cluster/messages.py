@@ -15,7 +15,7 @@ from reference_cluster.policies.scheduling import Placement
 from reference_cluster.request import GREEDY, Request, Sampling, Sink, Timeline
 from reference_cluster.transports.bytes import Endpoint, Range
 
-VERSION = 5  # Of this file: whoever says hello with another one is turned away.
+VERSION = 6  # Of this file: whoever says hello with another one is turned away.
 
 
 class Message(msgspec.Struct, tag=True, array_like=True):

@@ -24,6 +24,7 @@ from dashboards.app.state import State as Looked
 from dashboards.app.store import Store
 from dashboards.app.view import View, warnings
 from mooncake_bench.opened import RUNNING
+from mooncake_bench.records import RecordsError
 
 PAGES = {
     "overview": ("Overview", pages.overview),
@@ -226,6 +227,8 @@ def parts_of(view: View) -> list[Part]:
         return [Alarm("No run here", [f"{where}: neither a run directory nor one of runs"])]
     try:
         return [*warnings(view), *PAGES[page_of(view.path)][1](view)]
+    except RecordsError as error:
+        return [Alarm("This page cannot be shown", [str(error)])]
     except Exception as error:  # noqa: BLE001  # A page of one broken run must not end the others.
         log.error("%s", traceback.format_exc())
         return [Alarm("This page cannot be shown", [f"{type(error).__name__}: {error}"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,43 +124,136 @@ def test_a_state_survives_the_way_through_an_address() -> None:
     assert State.of("?ttft=no&stat=evil&request=&tbt=inf&page=slo") == State()
 
 
-def break_run(where: Path, how: str) -> None:
-    path = {"foreign": "run.json", "new": "run.json", "cut": "requests.parquet"}.get(how)
-    if how == "foreign":
-        (where / "run.json").write_text('{"hello": 1}')
-    elif how == "new":
-        info = json.loads((where / "run.json").read_text())
-        (where / "run.json").write_text(json.dumps(info | {"schema_version": 99}))
-    elif how == "cut":
-        content = (where / "requests.parquet").read_bytes()
-        (where / "requests.parquet").write_bytes(content[: len(content) // 2])
-    else:
-        assert path is None
-        (where / "spans.parquet").unlink()
-        (where / "tbt.parquet").unlink()
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda directory: [(directory / name).write_bytes(content), None][1]
 
 
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("foreign", "no schema_version; is this a run of mooncake-bench?"),
-        ("new", "schema version 99"),
-        ("cut", "truncated or not Parquet"),
-        ("gone", "the run was not written to its end"),
-    ],
-)
+def change_info(**changes: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        info = json.loads((directory / "run.json").read_text())
+        (directory / "run.json").write_text(json.dumps(info | changes))
+
+    return change
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def halve(directory: Path) -> None:
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: len(content) // 2])
+
+    return halve
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def remove(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return remove
+
+
+def without_column(directory: Path) -> None:
+    path = directory / "requests.parquet"
+    pl.read_parquet(path).drop("input_tokens").write_parquet(path)
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "foreign": (
+        write("run.json", b'{"hello": 1}'),
+        "no schema_version; is this a run of mooncake-bench?",
+    ),
+    "a list": (write("run.json", b"[1, 2]"), "not a JSON object"),
+    "no text": (write("run.json", b"\xff\xfe\x00"), "broken JSON"),
+    "nothing": (write("run.json", b""), "broken JSON"),
+    "newer": (change_info(schema_version=99), "schema version 99"),
+    "no number": (change_info(schema_version="one"), "no schema_version"),
+    "wrong field": (change_info(slo="fast"), "slo"),
+    "cut requests": (cut("requests.parquet"), "truncated or not Parquet"),
+    "cut samples": (cut("samples.parquet"), "truncated or not Parquet"),
+    "no requests": (write("requests.parquet", b"PAR1"), "truncated or not Parquet"),
+    "other columns": (without_column, "column 'input_tokens' is missing"),
+    "cut summary": (cut("summary.json"), "broken JSON"),
+    "gone": (without("spans.parquet", "tbt.parquet"), "the run was not written to its end"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_run_is_one_line_and_the_others_are_shown(
-    runs: Path, tmp_path: Path, how: str, said: str
+    runs: Path, tmp_path: Path, how: str
 ) -> None:
     """On every page that would show it; the whole run beside it is there."""
     shutil.copytree(runs / "live-d", tmp_path / "broken")
     shutil.copytree(runs / "live-c", tmp_path / "whole")
-    break_run(tmp_path / "broken", how)
-    for name in ("overview", "slo", "latency", "cluster"):
+    change, said = BROKEN[how]
+    change(tmp_path / "broken")
+    for name in PAGES:
         parts = page(tmp_path, name)
         assert said in problems(parts), name
-        assert "cannot be shown" in problems(parts).lower(), name
-        assert any(isinstance(part, Panel) for part in parts), name
+        assert "Cannot be shown" in problems(parts), name
+        assert "Traceback" not in problems(parts), name
+        assert "\n" not in problems(parts), name
+        shown = any(isinstance(part, Panel) for part in parts)
+        assert shown or name in ("rejections", "plan"), name
+
+
+def test_a_segment_of_garbage_is_one_line(runs: Path, tmp_path: Path) -> None:
+    """What a crash or another program left among the segments."""
+    shutil.copytree(runs / "live-c", tmp_path / "whole")
+    (tmp_path / "left" / "segments").mkdir(parents=True)
+    (tmp_path / "left" / "segments" / "run.json").write_bytes(b"?")
+    assert "broken JSON" in problems(page(tmp_path, "latency"))
+    shutil.copy(runs / "live-d" / "run.json", tmp_path / "left" / "segments")
+    (tmp_path / "left" / "segments" / "requests-0000001.arrow").write_bytes(b"?")
+    for name in PAGES:
+        assert "cannot be read" in problems(page(tmp_path, name)), name
+
+
+def test_broken_spans_cost_one_page_a_line(runs: Path, tmp_path: Path) -> None:
+    """They are read for one request at a time: all other pages are as before."""
+    shutil.copytree(runs / "sim-d", tmp_path / "run")
+    cut("spans.parquet")(tmp_path / "run")
+    os.utime(tmp_path / "run" / "tbt.parquet")
+    for name in PAGES:
+        said = problems(page(tmp_path, name))
+        assert said == "" or name == "request", name
+        assert name != "request" or "spans.parquet: truncated or not Parquet" in said
+
+
+def test_runs_of_earlier_versions_stand_beside_new_ones(runs: Path, tmp_path: Path) -> None:
+    """Without later columns and tables: every page is there and says what is not recorded."""
+    shutil.copytree(runs / "live-c", tmp_path / "new")
+    shutil.copytree(runs / "live-d", tmp_path / "old")
+    without("chunks.parquet", "reuse.parquet", "tbt.parquet")(tmp_path / "old")
+    for table, later in (
+        ("requests", ["class", "attempts", "retry_after_s", "transfer_start_s", "prefix_replicas"]),
+        ("samples", ["evicted_blocks"]),
+    ):
+        path = tmp_path / "old" / f"{table}.parquet"
+        pl.read_parquet(path).drop(later).write_parquet(path)
+    for name in PAGES:
+        parts = page(tmp_path, name)
+        assert not problems(parts), name
+        words = " ".join(part.text for part in parts if isinstance(part, Words))
+        if name == "cache":
+            for what in ("replicas of blocks", "evictions", "reuse distances"):
+                assert f"2P+2D: no record of {what}." in words
+    note = next(
+        part.note
+        for part in page(tmp_path, "request", "?run=old")
+        if isinstance(part, Panel) and part.key == "request-first-token"
+    )
+    assert "No chunks of prefills are recorded in this run" in note
+    assert "When its transfer began is not recorded" in note
+
+
+@pytest.mark.parametrize("content", [b"?", b"{}", b"[]", b'{"spec": 1}', b"\xff"])
+def test_a_broken_plan_is_one_line(tmp_path: Path, content: bytes) -> None:
+    """With its place and what to do."""
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").write_bytes(content)
+    said = problems(page(tmp_path, "plan"))
+    assert "plan.json: not a plan of this version" in said
+    assert "make it anew" in said
 
 
 def test_an_empty_run_is_said_to_be_empty(tmp_path: Path) -> None:
