@@ -33,7 +33,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from reference_cluster.engines.vllm.mover import Mover
 from reference_cluster.engines.vllm.planner import Load, Planner, Save
 from reference_cluster.engines.vllm.store import HEADER_BYTES, Slots
-from reference_cluster.transports.bytes import ByteTransport, Endpoint, Segment
+from reference_cluster.transports.bytes import ByteTransport, Endpoint, Segment, sweep
 
 TRANSPORTS = {
     "shm": ("reference_cluster.transports.shm", "ShmTransport"),
@@ -132,9 +132,9 @@ class PoolConnector(KVConnectorBase_V1):  # type: ignore[misc,unused-ignore]  # 
         count = int(self.option("pool_bytes", POOL_BYTES)) // (HEADER_BYTES + payload_bytes)
         if not count:
             raise ValueError(f"PoolConnector: pool_bytes has no room for {payload_bytes} bytes")
-        segment = Segment.create(
-            count * (HEADER_BYTES + payload_bytes), self.option("segment_prefix", "mcb-vllm-")
-        )
+        prefix = self.option("segment_prefix", "mcb-vllm-")
+        sweep(prefix)  # What workers that were killed have left.
+        segment = Segment.create(count * (HEADER_BYTES + payload_bytes), prefix)
         slots = Slots(segment.buffer, self.namespace, payload_bytes)
         deadline_s = float(self.option("deadline_s", DEADLINE_S))
         transport = make_transport(self.option("transport", "shm"))
