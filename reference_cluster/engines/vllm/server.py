@@ -91,6 +91,12 @@ class Model(msgspec.Struct, frozen=True):
     id: str
 
 
+class Engine(msgspec.Struct, frozen=True):
+    """What Mooncake's bootstrap server says of a data-parallel rank."""
+
+    engine_id: str
+
+
 class Models(msgspec.Struct, frozen=True):
     data: Annotated[list[Model], msgspec.Meta(min_length=1)]
 
@@ -191,6 +197,20 @@ class Server:
             answer = await self.http.get(f"{self.address.url}/v1/models")
             check_status(answer.status_code, answer.content)
             self.model = msgspec.json.decode(answer.content, type=Models).data[0].id
+
+    async def learn_engine(self) -> None:
+        """By what name Mooncake knows a stock server, which is told where that can be asked."""
+        bootstrap = self.address.facts.get("bootstrap")
+        if bootstrap is None or "engine_id" in self.address.facts:
+            return
+        async with self.answering("bootstrap", HEALTH_S_MAX):
+            answer = await self.http.get(f"{bootstrap}/query")
+            check_status(answer.status_code, answer.content)
+            ranks = msgspec.json.decode(answer.content, type=dict[str, Engine])
+        if "0" not in ranks:
+            raise ServerError("failed", f"{self.name}: {bootstrap} knows no engine yet")
+        facts = self.address.facts | {"engine_id": ranks["0"].engine_id}
+        self.address = msgspec.structs.replace(self.address, facts=facts)
 
     async def events(self, beat_every_s: float, dead_after_s: float) -> AsyncGenerator[Event, None]:
         """What it tells of itself, until it ends; raises ServerError. Nothing where it has none."""

@@ -273,6 +273,11 @@ def test_colocated_servers_are_chosen_by_load_or_by_prefix(scheduling, expected)
         ({"workers.placement": "inside", "vllm.urls": ["http://a"] * 2}, "workers.placement"),
         ({"network.transport": "shm", "engine.model": "none"}, "a directory with config.json"),
         ({}, 'vllm.connector "pool" has shm and tcp'),
+        (
+            {"vllm.connector": "mooncake", "vllm.urls": ["http://a", "http://b"]},
+            "vllm.bootstraps must name Mooncake's of each prefill server",
+        ),
+        ({"vllm.connector": "mooncake-store"}, "needs MOONCAKE_CONFIG_PATH in vllm.environment"),
     ],
 )
 def test_what_cannot_be_had_with_vllm_is_said_in_a_line(changes, why):

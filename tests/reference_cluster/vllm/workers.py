@@ -62,7 +62,7 @@ LENGTHS = (
 PROMPTS = [a_prompt(i, n, shared=min(n, 600) * (i % 2)) for i, n in enumerate(LENGTHS)]
 # 14 blocks each and soon 15; the decode worker has 71, so five begin and one must give way.
 CROWD = [a_prompt(100 + i, 14 * BLOCK - 8) for i in range(6)]
-CONTROL = [a_prompt(200 + i, 700) for i in range(4)]
+CONTROL = [a_prompt(200 + i, 700) for i in range(6)]
 
 
 class Worker:
