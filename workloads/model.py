@@ -20,6 +20,8 @@ OPTIONAL: dict[str, pl.DataType] = {
     "prompt": pl.String(),  # as JSON, text or messages; null: made from the block ids
 }
 """Columns that only some traces have, after COLUMNS and in this order."""
+FEW_IDS = 100_000
+"""Are cut in Python: to group them brings in 6 MB more of polars, which a load generator keeps."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -101,6 +103,10 @@ def build_frame(
 
 def nested(ids: pl.Series, blocks: Ints) -> pl.Series:
     """A flat series of ids cut into one list a request (each of at least one block)."""
+    if len(ids) < FEW_IDS:
+        values, ends = ids.to_list(), np.cumsum(blocks).tolist()
+        lists = [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return pl.Series("hash_ids", lists, dtype=pl.List(ids.dtype))
     rows = np.repeat(np.arange(len(blocks)), blocks)
     flat = pl.DataFrame({"row": rows, "hash_ids": ids})
     return flat.group_by("row", maintain_order=True).agg("hash_ids")["hash_ids"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import numpy as np
 import polars as pl
 
 from mooncake_bench.records import RecordsError, RunInfo
@@ -21,7 +22,7 @@ from mooncake_bench.segments import SegmentWriter
 SAMPLES_EVERY_S = 2.0
 SAMPLES_PATIENCE_S = 1.0
 """A cluster too busy to answer is asked again the next time."""
-PLAN = "plan.ipc"
+PLAN = "plan.npz"
 PLANNED = ("request", "due_s", "input_tokens", "output_tokens")
 
 
@@ -87,24 +88,25 @@ def write_plan(whole: Plan, directory: Path) -> None:
     """What the records do not say themselves; raises RecordsError."""
     columns = {name: getattr(whole, name) for name in PLANNED}
     if whole.classes is not None:
-        columns["classes"] = whole.classes
+        columns["classes"] = whole.classes.to_numpy().astype(str)
     try:
-        pl.DataFrame(columns).write_ipc(directory / PLAN)
+        np.savez(directory / PLAN, **columns)
     except OSError as error:
         raise RecordsError(f"{directory}: cannot write the run ({error.strerror})") from error
 
 
 def frames(directory: Path, segments: Sequence[bytes]) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Requests and spans of the records in segments; raises OSError, msgspec's or polars'."""
-    columns = pl.read_ipc(directory / PLAN)
-    request, due_s, input_tokens, output_tokens = (columns[name].to_numpy() for name in PLANNED)
+    with np.load(directory / PLAN, allow_pickle=False) as columns:
+        request, due_s, input_tokens, output_tokens = (columns[name] for name in PLANNED)
+        classes = pl.Series(columns["classes"]) if "classes" in columns else None
     whole = Plan(
         request,
         due_s,
         input_tokens,
         output_tokens,
         hash_ids=pl.Series([], dtype=pl.Null),
-        classes=columns["classes"] if "classes" in columns.columns else None,
+        classes=classes,
     )
     batches = [one for raw in segments for one in msgspec.msgpack.decode(raw, type=list[Batch])]
     return build_frames(whole, batches)
