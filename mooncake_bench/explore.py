@@ -108,7 +108,7 @@ def quantiles_over_time(frame: pl.DataFrame, column: str, bins: int = 60) -> pl.
     )
 
 
-def points(frame: pl.DataFrame, column: str, most: int = 2500) -> pl.DataFrame:
+def points(frame: pl.DataFrame, column: str, most: int = 1500) -> pl.DataFrame:
     """Finished requests as points: request, input_tokens, reused_tokens, and `column`.
 
     Of more than `most` those with the largest values are all there (a tenth), and the rest is an

@@ -72,7 +72,10 @@ MAY_START_A_CLUSTER = (
     "mooncake_bench/gate/scenarios.py",
     "mooncake_bench/plan",
 )
-DRAWERS = ("report", "report_replay", "cli", "look", "reproduce/page", "plan/page", "gate/page")
+DRAWERS = (
+    *("report", "report_replay", "cli", "look", "reproduce/page", "plan/page", "gate/page"),
+    "replay/drawn",
+)
 MAY_DRAW = tuple(f"mooncake_bench/{name}.py" for name in DRAWERS)
 SEEN = ("explore", "metrics", "opened", "records", "slo")
 SEEN_BY_DASHBOARDS = tuple(f"mooncake_bench.{name}" for name in SEEN)

@@ -249,6 +249,11 @@ class MasterSide:
         self._must_stop.set()
         self._is_over.wait(2 * STOP_PATIENCE_S + 30.0)
 
+    @property
+    def directory(self) -> str:
+        """Where the run is written; "" if nowhere."""
+        return str(self._environment.parsed_options.out or "")
+
     def snapshot(self) -> dict[str, Any]:
         """The state for the web page, as plain JSON."""
         until = self._end or time.perf_counter()
@@ -450,7 +455,7 @@ def _connect(environment: Any, **_: Any) -> None:
 
 
 def _extend_web_ui(web_ui: Any, master: MasterSide) -> None:
-    """The route /replay (JSON) and a tab with the same figures."""
+    """The route /replay (JSON), a tab with the same numbers, and /replay/figures."""
     columns = {"figure": "Figure", "value": "Value"}
     structure = [{"key": key, "title": title} for key, title in columns.items()]
     web_ui.template_args["extended_tabs"] = [{"title": "Replay", "key": "replay"}]
@@ -460,12 +465,23 @@ def _extend_web_ui(web_ui: Any, master: MasterSide) -> None:
     def replay_progress() -> dict[str, Any]:
         return master.snapshot()
 
+    @web_ui.app.route("/replay/figures")  # type: ignore[untyped-decorator]  # Flask's, untyped here
+    def replay_figures() -> Any:
+        plain = {"Content-Type": "text/plain"}
+        if not master.directory:
+            return "Nothing is drawn of a run that is not written: give --out.\n", 404, plain
+        command = [sys.executable, "-m", "mooncake_bench.replay.drawn", master.directory]
+        drawing = subprocess.run(command, capture_output=True, check=False)
+        return (drawing.stderr, 404, plain) if drawing.returncode else drawing.stdout
+
     @web_ui.app.after_request  # type: ignore[untyped-decorator]  # Flask's, untyped here
     def add_figures(response: Any) -> Any:
         from flask import request
 
         if request.path == "/stats/requests":
             rows = [{"figure": name, "value": value} for name, value in _rows(master.snapshot())]
+            if master.directory:
+                rows.append({"figure": "drawn", "value": "at /replay/figures"})
             extra = {"extended_stats": [{"key": "replay", "data": rows}]}
             response.set_data(msgspec.json.encode({**response.get_json(), **extra}))
         return response

@@ -1,7 +1,7 @@
 """A run of a million requests and 200 M tokens, tiled from a simulated hour: large_run.py OUT [N].
 
 The hour is repeated, one after another, with new request numbers; no more than one hour of it is
-in memory. The table of gaps (tbt.parquet) is left out: opening the run for the first time makes it.
+in memory. All files are there that a run's end writes.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ def tiled(
 
 
 def described(info: RunInfo, out: Path, samples: pl.DataFrame) -> None:
-    """run.json and summary.json, as `write_run` would."""
+    """tbt.parquet, run.json and summary.json, as `write_run` would."""
     from mooncake_bench.opened import _in_parts
-    from mooncake_bench.records import read_frame
+    from mooncake_bench.records import TBT_FILE, read_frame
 
     requests = read_frame(out / "requests.parquet", "requests")
     times = pl.concat(_in_parts(requests, out / "spans.parquet"))
+    times.write_parquet(out / TBT_FILE)
     summary = metrics.summarise_frame(info, metrics.with_tbt(requests, times), samples)
     (out / "summary.json").write_bytes(msgspec.json.encode(summary))
     (out / "run.json").write_bytes(msgspec.json.encode(info))

@@ -141,7 +141,7 @@ def test_a_lost_engine_is_told_and_its_rows_count_as_failed(tmp_path):
 
 
 def test_a_master_with_its_own_workers_and_the_web_page(tmp_path):
-    """Started from the page; /replay and the tab tell how it goes; stopping keeps the results."""
+    """Started from the page; /replay, its figures and the tab tell how it goes; the results stay."""
     out, web, port = tmp_path / "run", free_port(), free_port()
     flags = ["--master", "--web-host", "127.0.0.1", "--web-port", web, "--out", out]
     page = httpx.Client(base_url=f"http://127.0.0.1:{web}", trust_env=False)
@@ -166,6 +166,8 @@ def test_a_master_with_its_own_workers_and_the_web_page(tmp_path):
         stats = page.get("/stats/requests").json()
         rows = {row["figure"]: row["value"] for row in stats["extended_stats"][0]["data"]}
         assert rows["finished"] == str(ROWS)
+        figures = page.get(rows["drawn"].removeprefix("at "), timeout=60.0)
+        assert (figures.status_code, figures.text.count("<figure")) == (200, 4)
         assert master.poll() is None  # The page stays until somebody ends it.
     assert sorted(server.received) == list(range(ROWS))
     run = read_run(out)
