@@ -141,7 +141,7 @@ def test_a_lost_engine_is_told_and_its_rows_count_as_failed(tmp_path):
 
 
 def test_a_master_with_its_own_workers_and_the_web_page(tmp_path):
-    """Started from the page; /replay, its figures and the tab tell how it goes; the results stay."""
+    """Started from the page; /replay, figures and the tab tell how it goes; the results stay."""
     out, web, port = tmp_path / "run", free_port(), free_port()
     flags = ["--master", "--web-host", "127.0.0.1", "--web-port", web, "--out", out]
     page = httpx.Client(base_url=f"http://127.0.0.1:{web}", trust_env=False)
