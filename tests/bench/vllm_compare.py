@@ -20,9 +20,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +42,7 @@ SLO = "ttft<1s,tbt<100ms"
 MAKE_MODEL = (
     "import sys; from pathlib import Path; "
     "from tests.reference_cluster.vllm.workers import save_tiny_model; "
-    "save_tiny_model(Path(sys.argv[1]), layers=4)"
+    "save_tiny_model(Path(sys.argv[1]), vocabulary=32_000, layers=4)"
 )
 COMMON = """
 block_tokens = 32
@@ -105,15 +108,31 @@ def replay(url: str, trace: Path, out: Path, name: str, speed: float) -> Run:
 
 
 def warm(url: str) -> None:
-    """Once through every worker: the first step of a process is slow."""
-    import httpx
+    """All workers at once: the first steps of a process are slow."""
 
-    for seed in range(8):
-        body = {"prompt": [seed + 5] * 200, "max_tokens": 4, "ignore_eos": True}
+    def ask(seed: int) -> None:
+        body = {"prompt": [seed + 5] * 300, "max_tokens": 8, "ignore_eos": True}
         httpx.post(f"{url}/v1/completions", json=body, timeout=60.0).raise_for_status()
 
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, range(32)))
 
-def measured(system: str, chosen: argparse.Namespace, trace: Path, number: int) -> Run:
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A run, and the CPU seconds of the cluster's processes in it."""
+
+    run: Run
+    cpu_s: dict[str, float]
+
+
+def cpu_s(pid: int) -> float:
+    """Of all its threads so far (proc(5): utime and stime, the 14th and 15th field)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measured(system: str, chosen: argparse.Namespace, trace: Path, number: int) -> Measured:
     out: Path = chosen.out / f"{number}-{system.replace(' ', '-')}"
     config = SYSTEMS[system] + COMMON
     names: dict[str, Any] = {"cpus": sorted(os.sched_getaffinity(0))}
@@ -121,24 +140,29 @@ def measured(system: str, chosen: argparse.Namespace, trace: Path, number: int) 
     leftovers: list[str] = []
     with serving(config.format(**names), chosen.out, leftovers, start_s_max=START_S_MAX) as cluster:
         warm(cluster.url)
+        pids = {name: row["pid"] for name, row in cluster.workers().items()}
+        pids["conductor"] = cluster.conductor_pid
+        before = {name: cpu_s(pid) for name, pid in pids.items()}
         run = replay(cluster.url, trace, out, f"{system}, run {number}", chosen.speed)
+        used = {name: cpu_s(pid) - before[name] for name, pid in pids.items()}
         leftovers += cluster.settled()
-        workers = cluster.workers()
     if leftovers:
         raise RuntimeError("; ".join(leftovers))
-    (out / "workers.json").write_text(json.dumps(workers))
-    return run
+    return Measured(run, used)
 
 
-def show(runs: Sequence[Run]) -> None:
-    """Milliseconds, but for the first two columns; stages are means."""
-    table = Table("run", "finished", "in SLO", "TTFT", "p90", "TBT", "p90")
-    stages = Table("run", *runs[0].summary["stages_s"])
-    for run in runs:
-        told = run.summary
+def show(done: Sequence[Measured]) -> None:
+    """Milliseconds, but for the first two columns and those of CPU seconds; stages are means."""
+    table = Table("run", "finished", "in SLO", "TTFT", "p90", "TBT", "p90", "CPU seconds")
+    stages = Table("run", *done[0].run.summary["stages_s"])
+    for one in done:
+        run, told = one.run, one.run.summary
+        cpu = ", ".join(f"{name} {seconds:.1f}" for name, seconds in one.cpu_s.items())
         times = [told[name][at] for name in ("ttft_s", "tbt_s") for at in ("mean", "p90")]
         attained = f"{told['attainment']:.1%}"
-        table.add_row(run.info.name, str(told["finished"]), attained, *map(milliseconds, times))
+        table.add_row(
+            run.info.name, str(told["finished"]), attained, *map(milliseconds, times), cpu
+        )
         stages.add_row(run.info.name, *map(milliseconds, told["stages_s"].values()))
     results.print(table)
     results.print(stages)
@@ -173,12 +197,12 @@ def main(words: Sequence[str] | None = None) -> int:
         subprocess.run([chosen.python, "-c", MAKE_MODEL, chosen.model], env=environment, check=True)
     trace = write_trace(chosen.out / "trace.jsonl", rows)
     systems = {"A": "1P+1D", "B": "2 colocated"}
-    runs = [
+    done = [
         measured(systems[letter], chosen, trace, number)
         for number, letter in enumerate(chosen.order, 1)
     ]
-    show(runs)
-    page = write_report(runs, chosen.out / "report.html")
+    show(done)
+    page = write_report([one.run for one in done], chosen.out / "report.html")
     results.print(f"open {page}")
     return 0
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +23,7 @@ import pytest
 from mooncake_bench.metrics import token_gaps
 from mooncake_bench.replay.options import ReplayOptions
 from mooncake_bench.replay.run import ReplayResult, replay
-from tests.reference_cluster.vllm.workers import START_S, save_tiny_model
+from tests.reference_cluster.vllm.workers import START_S, save_tiny_model, save_tokenizer
 from workloads.model import Trace, build_frame
 
 pytestmark = [
@@ -38,22 +37,11 @@ VOCABULARY = 32_000  # Prompts of the replay have token ids up to 31,000.
 REQUESTS, EVERY_S = 40, 0.5
 
 
-def save_tokenizer(directory: Path) -> None:
-    """A word a token, so that every token of an answer is some text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w2").save_pretrained(directory)
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """vLLM's API server: four processes, ended as a group."""
     model = save_tiny_model(tmp_path_factory.mktemp("model"), vocabulary=VOCABULARY)
-    save_tokenizer(model)
+    save_tokenizer(model, VOCABULARY)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-model-len 8192"

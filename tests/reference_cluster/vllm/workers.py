@@ -47,6 +47,17 @@ def save_tiny_model(directory: Path, vocabulary: int = 4096, layers: int = LAYER
     return directory
 
 
+def save_tokenizer(directory: Path, vocabulary: int = 4096) -> None:
+    """A word a token, so that every token of an answer is some text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w2").save_pretrained(directory)
+
+
 def a_prompt(seed: int, tokens: int, shared: int = 0) -> list[int]:
     """Random token ids, of which the first `shared` are every such prompt's."""
     common, own = random.Random(0), random.Random(seed + 1)
