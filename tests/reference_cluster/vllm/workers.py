@@ -52,10 +52,11 @@ def save_tokenizer(directory: Path, vocabulary: int = 4096) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{number}": number for number in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    # A special word is found inside others: its name is no beginning of theirs.
+    words = {"[2]" if number == 2 else f"w{number}": number for number in range(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[2]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w2").save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[2]").save_pretrained(directory)
 
 
 def a_prompt(seed: int, tokens: int, shared: int = 0) -> list[int]:
