@@ -42,6 +42,10 @@ class Overheads(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_caching_step_s: float = 0.0  # Each step of a colocated instance with prefix caching.
     prefix_caching_prefill_s: float = 0.0  # Each prompt there: hashing and looking up its blocks.
     chunked_step_s: float = 0.0  # Each step that carries prefill chunks beside its decodes.
+    # From all KV being at the decode instance to the first token at the client, beside no other's
+    # work: messages, HTTP; and a token of the prompt, taking its KV in.
+    handover_s: float = 0.0
+    handover_token_s: float = 0.0
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -189,6 +193,11 @@ class CostModel:
         else:
             steps = elapsed_s / b
         return np.floor(steps + 1e-6).astype(np.int64)
+
+    def handover_s(self, input_tokens: int) -> float:
+        """From a prompt's KV being at its decode instance to its first token."""
+        overheads = self.profile.overheads
+        return overheads.handover_s + overheads.handover_token_s * input_tokens
 
     def kv_bytes(self, tokens: int) -> int:
         return tokens * self.profile.kv_bytes_per_token

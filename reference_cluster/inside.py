@@ -174,6 +174,15 @@ class Inside:
     def transferred(self, request: Request, decode: DecodeInstance) -> None:
         """All KV is at the decode instance."""
         self.deliveries.pop(request.id, None)
+        later_s = self.parts.cost.handover_s(request.input_tokens)
+        if later_s:
+            now_s = self.loop.time()
+            self.loop.call_at(now_s + later_s, self.taken_in, request, decode)
+        else:
+            self.taken_in(request, decode)
+
+    def taken_in(self, request: Request, decode: DecodeInstance) -> None:
+        """It can be decoded now, unless it was given up on the way."""
         if not request.is_cancelled:
             request.timeline.transferred_s = self.loop.time()
             decode.join(request)

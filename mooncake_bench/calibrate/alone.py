@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from mooncake_bench.calibrate.fit import DecodePoint, PrefillPoint
+from mooncake_bench.calibrate.fit import DecodePoint, Points, PrefillPoint
 from mooncake_bench.calibrate.probe import ProbePlan
 from reference_cluster.config import load_config
 from reference_cluster.errors import ConfigError
 
 
-def alone(path: Path, plan: ProbePlan) -> tuple[list[PrefillPoint], list[DecodePoint]]:
+def alone(path: Path, plan: ProbePlan) -> Points:
     """Run the engine of a cluster's configuration; raises ConfigError."""
     config = load_config(path, {})
     if config.engine.kind != "torch":
@@ -38,4 +38,4 @@ def alone(path: Path, plan: ProbePlan) -> tuple[list[PrefillPoint], list[DecodeP
         for batch in plan.batches
         for context in plan.contexts
     ]
-    return prefills, decodes
+    return Points(prefills, decodes)

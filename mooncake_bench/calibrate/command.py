@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from mooncake_bench.calibrate.fit import DecodePoint, PrefillPoint
+    from mooncake_bench.calibrate.fit import Points
     from mooncake_bench.calibrate.probe import ProbePlan
 
 results = Console()
 diagnostics = Console(stderr=True)
-Points: TypeAlias = "tuple[Sequence[PrefillPoint], Sequence[DecodePoint]]"
 
 
 def calibrate(
@@ -60,9 +58,9 @@ def calibrate(
         repeats=repeats,
         seed=seed,
     )
-    what, (prefills, decodes) = measured(url, run, engine, plan, model)
-    source = f"{what}: {len(prefills)} prefills, {len(decodes)} decode batches"
-    profile = fitted_profile(sizes, out.stem, source, prefills, decodes)
+    what, points = measured(url, run, engine, plan, model)
+    source = f"{what}: {len(points.prefills)} prefills, {len(points.decodes)} decode batches"
+    profile = fitted_profile(sizes, out.stem, source, points)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(as_toml(profile), encoding="utf-8")
     results.print(f"{out}: {profile.error}", highlight=False, soft_wrap=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from reference_cluster.cost_model import CostModel, DecodeCost, PrefillCost, Profile
+from reference_cluster.cost_model import CostModel, DecodeCost, Overheads, PrefillCost, Profile
 
 Floats = npt.NDArray[np.float64]
 ROUNDS = 30
@@ -21,7 +22,8 @@ NEAR = 0.05
 
 @dataclass(frozen=True, slots=True)
 class PrefillPoint:
-    """From the request to its first token, without waiting for others."""
+    """From the request to its first token, without waiting for others; or, where the hand-over has
+    points of its own, what the prefill instance was busy for."""
 
     input_tokens: int
     reused_tokens: int
@@ -36,6 +38,22 @@ class DecodePoint:
     context_tokens: float  # Of all sequences together, in the middle of the steps.
     step_s: float
     count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverPoint:
+    """Of the time to a first token what was neither waiting nor prefill."""
+
+    input_tokens: int
+    seconds: float
+
+
+class Points(NamedTuple):
+    """What was measured."""
+
+    prefills: Sequence[PrefillPoint]
+    decodes: Sequence[DecodePoint]
+    handovers: Sequence[HandoverPoint] = ()
 
 
 def fit_prefill(points: Sequence[PrefillPoint]) -> PrefillCost:
@@ -55,6 +73,17 @@ def fit_decode(points: Sequence[DecodePoint]) -> DecodeCost:
     counts = np.array([point.count for point in points], dtype=np.float64)
     columns = np.stack([np.ones_like(batch), batch, context], axis=1)
     return DecodeCost(*fit(columns, np.array([point.step_s for point in points]), counts))
+
+
+def fit_handover(points: Sequence[HandoverPoint], overheads: Overheads) -> Overheads:
+    """base + token n, none negative."""
+    if not points:
+        return overheads
+    n = np.array([point.input_tokens for point in points], dtype=np.float64)
+    seconds = np.array([point.seconds for point in points])
+    columns = np.stack([np.ones_like(n), n], axis=1)
+    handover_s, token_s = fit(columns, seconds, np.ones_like(n))
+    return msgspec.structs.replace(overheads, handover_s=handover_s, handover_token_s=token_s)
 
 
 def fit(columns: Floats, seconds: Floats, counts: Floats) -> list[float]:
@@ -88,19 +117,18 @@ def not_negative(columns: Floats, values: Floats) -> Floats:
     return coefficients
 
 
-def fitted_profile(
-    base: Profile,
-    name: str,
-    source: str,
-    prefills: Sequence[PrefillPoint],
-    decodes: Sequence[DecodePoint],
-) -> Profile:
+def fitted_profile(base: Profile, name: str, source: str, points: Points) -> Profile:
     """The base profile's sizes with fitted times; its `error` is that of the fit.
 
     Nine tenths of the points are within `prefill_error` and `decode_error`.
     """
+    prefills, decodes, handovers = points
     profile = msgspec.structs.replace(
-        base, name=name, prefill=fit_prefill(prefills), decode=fit_decode(decodes)
+        base,
+        name=name,
+        prefill=fit_prefill(prefills),
+        decode=fit_decode(decodes),
+        overheads=fit_handover(handovers, base.overheads),
     )
     cost = CostModel(profile)
     first = [

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import httpx
 import msgspec
 
-from mooncake_bench.calibrate.fit import DecodePoint, PrefillPoint
+from mooncake_bench.calibrate.fit import DecodePoint, Points, PrefillPoint
 from mooncake_bench.replay.errors import ReplayError
 
 FIRST_TOKEN, PAST_TOKEN = 1000, 31_000  # Plain ids of any usual vocabulary.
@@ -41,9 +41,7 @@ class Heard:
     cached_tokens: int
 
 
-async def probe(
-    url: str, plan: ProbePlan, model: str | None = None
-) -> tuple[list[PrefillPoint], list[DecodePoint]]:
+async def probe(url: str, plan: ProbePlan, model: str | None = None) -> Points:
     """Ask for all points, one after another; nobody else may use the endpoint meanwhile."""
     numbers = random.Random(plan.seed)
     async with httpx.AsyncClient(base_url=url, timeout=300.0) as client:
@@ -57,7 +55,7 @@ async def probe(
             for batch in plan.batches
             for context in plan.contexts
         ]
-    return prefills, decodes
+    return Points(prefills, decodes)
 
 
 class Prober:

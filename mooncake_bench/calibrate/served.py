@@ -12,16 +12,19 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from mooncake_bench.calibrate.fit import DecodePoint, PrefillPoint
+from mooncake_bench.calibrate.fit import DecodePoint, HandoverPoint, Points, PrefillPoint
 from mooncake_bench.records import RecordsError, Run
 
 Floats = npt.NDArray[np.float64]
-STAMPS = ("sent_s", "placed_s", "prefill_start_s", "first_token_s", "decode", "reused_tokens")
+STAMPS = (
+    *("sent_s", "placed_s", "prefill_start_s", "prefill_busy_s", "first_token_s"),
+    *("reused_tokens", "decode"),
+)
 CONTEXTS = 4  # Of the steps of one batch size, so many bins of equally many, by context.
 STEPS_MIN = 8  # A median of fewer says little.
 
 
-def served(run: Run) -> tuple[list[PrefillPoint], list[DecodePoint]]:
+def served(run: Run) -> Points:
     """A point a prompt, and one a batch size and range of contexts; raises RecordsError."""
     finished = run.requests.filter(pl.col("status") == "finished")
     known = finished.drop_nulls(STAMPS)
@@ -32,19 +35,43 @@ def served(run: Run) -> tuple[list[PrefillPoint], list[DecodePoint]]:
     decodes = list(decode_points(known, run.spans))
     if not decodes:
         raise RecordsError(f"{run.directory}: too few decode steps; replay more, or longer answers")
-    return prefill_points(known), decodes
+    if run.info.system == "disaggregated":
+        return Points(busy_points(known), decodes, handover_points(known))
+    return Points(whole_points(known), decodes)
 
 
-def prefill_points(requests: pl.DataFrame) -> list[PrefillPoint]:
-    """First token since sending, less what was waited for: for other prompts, for fetched blocks.
+def whole_points(requests: pl.DataFrame) -> list[PrefillPoint]:
+    """First token since sending, less what was waited for."""
+    seconds = unwaited_s(requests)
+    rows = zip(requests["input_tokens"], requests["reused_tokens"], seconds, strict=True)
+    return [PrefillPoint(n, p, float(one)) for n, p, one in rows]
+
+
+def busy_points(requests: pl.DataFrame) -> list[PrefillPoint]:
+    """What their prefill instance did for them: so long the next one waits."""
+    return [
+        PrefillPoint(*row)
+        for row in requests.select("input_tokens", "reused_tokens", "prefill_busy_s").iter_rows()
+    ]
+
+
+def handover_points(requests: pl.DataFrame) -> list[HandoverPoint]:
+    """The rest of the way to the first token, of those that go on to be decoded."""
+    seconds = unwaited_s(requests) - requests["prefill_busy_s"].to_numpy()
+    rows = zip(requests["input_tokens"], requests["output_tokens"], seconds, strict=True)
+    # What a clock put in order says nothing.
+    return [HandoverPoint(n, float(one)) for n, output, one in rows if output > 1 and one > 0]
+
+
+def unwaited_s(requests: pl.DataFrame) -> Floats:
+    """Seconds from sending to the first token, less waiting for other prompts and fetched blocks.
 
     Some of the way to the prefill instance is no waiting: the least that any request had.
     """
     way_s = (requests["prefill_start_s"] - requests["placed_s"]).to_numpy()
-    waited_s = way_s - way_s.min()
-    seconds = (requests["first_token_s"] - requests["sent_s"]).to_numpy() - waited_s
-    rows = zip(requests["input_tokens"], requests["reused_tokens"], seconds, strict=True)
-    return [PrefillPoint(n, p, float(one)) for n, p, one in rows]
+    whole_s = (requests["first_token_s"] - requests["sent_s"]).to_numpy()
+    found: Floats = whole_s - (way_s - way_s.min())
+    return found
 
 
 def decode_points(requests: pl.DataFrame, spans: pl.DataFrame) -> Iterator[DecodePoint]:

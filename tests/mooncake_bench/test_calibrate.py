@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import polars as pl
@@ -11,6 +12,7 @@ import pytest
 
 from mooncake_bench.calibrate.fit import (
     DecodePoint,
+    Points,
     PrefillPoint,
     as_toml,
     fit_decode,
@@ -18,8 +20,8 @@ from mooncake_bench.calibrate.fit import (
     fitted_profile,
 )
 from mooncake_bench.calibrate.probe import ProbePlan, probe
-from mooncake_bench.calibrate.served import decode_points, prefill_points, served
-from mooncake_bench.records import RecordsError, read_run
+from mooncake_bench.calibrate.served import served
+from mooncake_bench.records import RecordsError, Run, RunInfo, read_run
 from mooncake_bench.simulation import as_requests, request_frame, simulate_trace
 from reference_cluster.config import ClusterConfig
 from reference_cluster.cost_model import CostModel, Profile, load_profile
@@ -60,7 +62,7 @@ def test_a_profile_survives_its_file(tmp_path: pytest.TempPathFactory) -> None:
     """Written and read again it is the same, its error and source among the rest."""
     points = [PrefillPoint(n, 0, 1e-3 + 1e-5 * n) for n in (10, 100, 1000)]
     steps = [DecodePoint(b, 100.0 * b, 1e-3 * b) for b in (1, 2, 3)]
-    profile = fitted_profile(a_profile(), "mine", "http://x", points, steps)
+    profile = fitted_profile(a_profile(), "mine", "http://x", Points(points, steps))
     path = f"{tmp_path}/mine.toml"
     with open(path, "w", encoding="utf-8") as file:
         file.write(as_toml(profile))
@@ -77,33 +79,33 @@ def test_points_far_off_do_not_move_the_fit() -> None:
     )
 
 
-def a_served_trace() -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Five busy minutes on 1P+1D in virtual time, as frames of a replay that saw each token."""
-    profile = a_profile(
-        prefill={"base_s": 0.02, "token_s": 1e-5, "token2_s": 1e-10},
-        decode={"base_s": 0.01, "sequence_s": 0.002, "context_token_s": 1e-7},
-        link_bytes_per_s=1e12,
-        device_kv_tokens=10_000_000,
-        dram_kv_tokens=10_000_000,
-    )
+def a_served_run(**changes: Any) -> Run:
+    """Five busy minutes on 1P+1D in virtual time, as of a replay that saw each token."""
     config: ClusterConfig = msgspec.structs.replace(a_config(), block_tokens=512)
     requests = as_requests(open_trace("conversation-like:rate_rps=1,duration_s=300"), 1.0)
-    simulate(config, profile, requests, is_step_by_step=True)
+    simulate(config, a_profile(**{**SERVING, **changes}), requests, is_step_by_step=True)
     frame = request_frame(requests).with_columns(sent_s=pl.col("arrival_s"))
-    return frame, pl.DataFrame(span_columns(requests))
+    spans = pl.DataFrame(span_columns(requests))
+    info = RunInfo(name="served", source="live-modelled", system="disaggregated")
+    return Run(info, frame, spans, pl.DataFrame(), {}, None)
+
+
+SERVING: dict[str, Any] = {
+    "prefill": {"base_s": 0.02, "token_s": 1e-5, "token2_s": 1e-10},
+    "decode": {"base_s": 0.01, "sequence_s": 0.002, "context_token_s": 1e-7},
+    "overheads": {"handover_s": 0.005, "handover_token_s": 1e-6},
+    "link_bytes_per_s": 1e12,
+    "device_kv_tokens": 10_000_000,
+    "dram_kv_tokens": 10_000_000,
+}
 
 
 def test_a_served_run_gives_the_costs_that_it_had() -> None:
     """Prompts that waited for others, batches that came and went: the profile comes back."""
-    requests, spans = a_served_trace()
-    prefill = fit_prefill(prefill_points(requests))
-    decode = fit_decode(list(decode_points(requests, spans)))
-    assert prefill.base_s == pytest.approx(0.02, rel=0.02)
-    assert prefill.token_s == pytest.approx(1e-5, rel=0.02)
-    assert prefill.token2_s == pytest.approx(1e-10, rel=0.02)
-    assert decode.base_s == pytest.approx(0.01, rel=0.05)
-    assert decode.sequence_s == pytest.approx(0.002, rel=0.05)
-    assert decode.context_token_s == pytest.approx(1e-7, rel=0.05)
+    found = fitted_profile(a_profile(), "found", "a run", served(a_served_run()))
+    for section in ("prefill", "decode", "overheads"):
+        for name, value in SERVING[section].items():
+            assert getattr(getattr(found, section), name) == pytest.approx(value, rel=0.05), name
 
 
 def test_a_run_without_a_servers_stamps_is_refused(tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_a_modelled_endpoint_is_found_to_cost_what_its_profile_says() -> None:
     )
     plan = ProbePlan(lengths=(64, 256, 768), hits=(), batches=(1, 3), contexts=(16,), repeats=1)
     with live(config, base) as (client, _):
-        prefills, decodes = asyncio.run(probe(str(client.base_url), plan))
+        prefills, decodes, _ = asyncio.run(probe(str(client.base_url), plan))
     cost = CostModel(base)
     for point in prefills:
         expected_s = cost.prefill_s(point.input_tokens, 0)

@@ -173,7 +173,7 @@ def main() -> int:
         config = configured(base, block_tokens)
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:-1])
         points = served(live(config, learnt, scratch, "calibration"))
-        profile = fitted_profile(load_profile(base), "calibrated", "this bench", *points)
+        profile = fitted_profile(load_profile(base), "calibrated", "this bench", points)
         mine = scratch / "calibrated.toml"
         mine.write_text(as_toml(profile))
         config = config.replace(repr(base), repr(str(mine)))
