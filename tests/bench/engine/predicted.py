@@ -4,7 +4,7 @@
 
 A live 1P+1D of tiny engines serves a stretch of Mooncake's conversation trace with lengths a 16th;
 `calibrate --run` fits a profile to what its requests cost. Then another stretch of the trace goes
-to the simulator with this profile, and to a live cluster that has just started: their times side by
+to the simulator with this profile and to a live cluster that has just started: their times side by
 side, and the profile's own error. `--check` ends with 1 where TTFT p50 or p90 or TBT p50 is more
 than 15 % off. Four minutes; two cores, on which nothing else should run.
 
