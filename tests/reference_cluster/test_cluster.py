@@ -53,7 +53,7 @@ def test_one_token_needs_no_decode_instance() -> None:
     """It comes with the prefill's end; nothing is transferred."""
     request = a_request(output_tokens=1)
     cluster = served(a_config(), [request])
-    assert dataclasses.astuple(request.timeline)[4:] == (0.2, 0.2, 0.2, None, 0.2)
+    assert dataclasses.astuple(request.timeline)[4:9] == (0.2, 0.2, 0.2, None, 0.2)
     assert request.produced_tokens == 1
     assert cluster.transport.moved_bytes == 0
 
