@@ -70,7 +70,7 @@ def test_a_cancelled_request_fails_at_once_and_frees_all(system: str, at_s: floa
     following = a_request(1, arrived_s=20.0)
     cluster = served(a_config(system=system), [request, following], cancels=[(at_s, request)])
     assert (request.status, request.reason) == ("failed", "client disconnected")
-    stamps = [stamp for stamp in dataclasses.astuple(request.timeline) if stamp is not None]
+    stamps = [stamp for stamp in dataclasses.astuple(request.timeline)[:9] if stamp is not None]
     assert stamps[-1] == request.timeline.finished_s == at_s
     assert stamps == sorted(stamps)
     assert cluster.counts == {"failed": 1, "finished": 1}
