@@ -72,7 +72,7 @@ def outcome(request: Request) -> tuple[Any, ...]:
 def moments(request: Request) -> list[float]:
     """Every time that a run reports of a request: stamps, predictions, tokens."""
     predicted = [request.predicted_ttft_s, request.predicted_tbt_s, request.prefill_busy_s]
-    times = [*dataclasses.astuple(request.timeline), *predicted]
+    times = [*dataclasses.astuple(request.timeline)[:10], *predicted]  # All but the chunks.
     if request.timeline.first_token_s is not None:
         times += token_times(request)
     return [float("nan") if time is None else time for time in times]
