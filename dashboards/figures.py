@@ -81,7 +81,7 @@ def capacity_bars(
             hovertemplate="%{text} of requests<extra>%{fullData.name}</extra>",
         )
     theme.styled(figure, height=300, x="TBT bound", y="offered requests within SLO")
-    figure.update_layout(bargap=0.14, bargroupgap=0.06)
+    figure.update_layout(bargap=0.08, bargroupgap=0.06)
     figure.update_xaxes(showgrid=False, tickangle=0, tickfont={"color": theme.INK})
     figure.update_yaxes(**_SHARE_AXIS)
     return figure

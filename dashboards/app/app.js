@@ -25,3 +25,8 @@ document.addEventListener("click", async (event) => {
   link.download = frame.dataset.figure.replace(/[^\w.-]/g, "_") + "." + format;
   link.click();
 });
+
+// Enter in the field beside a slider means what leaving it means.
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.target.matches?.(".dash-range-slider-input")) event.target.blur();
+});

@@ -87,13 +87,19 @@ def test_a_cell_of_the_load_map_leads_to_a_request(watch: Any, runs: Path) -> No
     plot = page.locator('[data-figure="cluster-map-live-d"] .js-plotly-plot')
     area = plot.locator(".nsewdrag").first
     area.wait_for()
-    box = area.bounding_box()
-    # The first row is prefill-0's, from its middle on until one of its requests is there.
-    for part in range(50, 90):
-        page.mouse.click(box["x"] + box["width"] * part / 100, box["y"] + 12)
-        page.wait_for_timeout(150)
-        if "/request" in page.url:
-            break
+    area.scroll_into_view_if_needed()
+    cell = plot.evaluate(
+        """plot => {
+          const t = plot._fullData[0], f = plot._fullLayout, row = t.y.indexOf('prefill-0');
+          const column = t.z[row].findIndex((_, at) => t.customdata[row][at]?.[1] != null);
+          const box = plot.querySelector('.nsewdrag').getBoundingClientRect();
+          return {x: box.x + f.xaxis.d2p(t.x[column]), y: box.y + f.yaxis.r2p(row)};
+        }"""
+    )
+    page.mouse.move(cell["x"] - 2, cell["y"])
+    page.mouse.move(cell["x"], cell["y"])
+    page.wait_for_timeout(200)
+    page.mouse.click(cell["x"], cell["y"])
     page.wait_for_selector('[data-figure="request-journey"]')
     number = int(parse_qs(urlparse(page.url).query)["request"][0])
     row = read_run(runs / "live-d").requests.filter(request=number).row(0, named=True)

@@ -144,13 +144,14 @@ def _requests(
             "output_tokens_asked": output,
             "reused_tokens": reused,
             "prefill_busy_s": busy,
+            "predicted_ttft_s": (start - placed) * 0.8 + busy,
             "prefill": [f"{role}-{index % max(instances // 2, 1)}" for index in range(count)],
             "status": np.where(refused, "rejected", "finished"),
             "reason": np.where(rng.random(count) < 0.7, "ttft", "tbt"),
         }
     )
     gone = pl.col("status") == "rejected"
-    nulled = [*stamps, "reused_tokens", "prefill_busy_s", "prefill"]
+    nulled = [*stamps, "reused_tokens", "prefill_busy_s", "predicted_ttft_s", "prefill"]
     return frame.with_columns(
         *[pl.when(~gone).then(pl.col(name)).alias(name) for name in nulled],
         pl.when(gone).then(pl.col("reason")).alias("reason"),
