@@ -32,7 +32,7 @@ def cluster(view: View) -> list[Part]:
             parts.append(Words(f"{side.label}: {NO_SAMPLES}.", "empty"))
             continue
         parts.append(_load_map(view, side))
-        parts.append(_links(view, side))
+        parts.extend(_links(view, side))
     parts.extend(_roles(view))
     if view.sides:
         parts.extend(_faults(view))
@@ -55,16 +55,20 @@ def _load_map(view: View, side: Side) -> Panel:
     )
 
 
-def _links(view: View, side: Side) -> Panel:
+def _links(view: View, side: Side) -> list[Part]:
     frame = _of_samples(view, side, explore.load_map, "link_bytes_per_s")
     frame = frame.with_columns(pl.col("value") / 1e9)
-    return Panel(
-        f"cluster-links-{side.key}",
-        f"Link of every instance: {side.label}",
-        "Mean by instance and time, in GB/s of KVCache sent.",
-        explored.heat(frame, side.key, "GB/s"),
-        frame,
-    )
+    if not frame["value"].sum():
+        return []  # Colocated instances send nothing.
+    return [
+        Panel(
+            f"cluster-links-{side.key}",
+            f"Link of every instance: {side.label}",
+            "Mean by instance and time, in GB/s of KVCache sent.",
+            explored.heat(frame, side.key, "GB/s"),
+            frame,
+        )
+    ]
 
 
 def _of_samples(
