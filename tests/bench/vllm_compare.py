@@ -9,7 +9,7 @@ colocated workers that are chosen by prefix. Each worker has a core, one OMP thr
 order A B B A. The model is a Llama of random weights, made in --model if it is not there. The load
 generator and the Conductor run on the same two cores.
 
-Prints means of every stage, and writes report.html with all runs. Six minutes.
+Prints means of every stage, and writes report.html with all runs. Four minutes.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=Path("build/tiny-llama"))
     parser.add_argument("--out", type=Path, default=Path("build/vllm-compare"))
     parser.add_argument("--requests", type=int, default=300)
-    parser.add_argument("--speed", type=float, default=2.0)
+    parser.add_argument("--speed", type=float, default=3.0)
     parser.add_argument("--order", default="ABBA", help="A: 1P+1D, B: 2 colocated")
     return parser.parse_args(words)
 
