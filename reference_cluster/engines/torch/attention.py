@@ -13,6 +13,8 @@ from reference_cluster.engines.torch.pages import PagedCache
 
 # Reading unused pages between used ones costs bandwidth, picking out the used ones a copy.
 DENSE_ENOUGH = 1.5
+# Of 128 to 2048 tokens these gain by it, an eighth of their attention.
+WORTH_HALVING = range(384, 768)
 
 
 def attend_chunk(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -24,6 +26,10 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | 
     if q.device.type != "cpu":
         return attend_masked(q, k, v, past)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if past is None and q.shape[2] in WORTH_HALVING:
+        # The kernel computes keys by 512, and so nearly all that the causal mask then throws away.
+        (q, q2), (k, k2), (v, v2) = (x.tensor_split(2, 2) for x in (q, k, v))
+        return torch.cat([attend_chunk(q, k, v, None), attend_chunk(q2, k2, v2, (k, v))])
     out, log_sum = flash(q, k, v, 0.0, True)
     if past is not None:
         before, log_sum_before = flash(q, *past, 0.0, False)

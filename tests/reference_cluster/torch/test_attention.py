@@ -77,17 +77,19 @@ def test_a_table_goes_on_to_the_next_token(kind: str) -> None:
     torch.testing.assert_close(table.attend(q, *cache.kv[0]), fresh.attend(q, *cache.kv[0]))
 
 
-@pytest.mark.parametrize("past", [0, 1, 300])
-def test_a_chunk_attends_causally_to_itself_and_wholly_to_what_was_before(past: int) -> None:
+@pytest.mark.parametrize(("past", "new"), [(0, 40), (1, 40), (300, 40), (0, 511), (300, 512)])
+def test_a_chunk_attends_causally_to_itself_and_wholly_to_what_was_before(
+    past: int, new: int
+) -> None:
     """The merged form, and the masked one of other devices, equal one masked attention."""
     torch.manual_seed(0)
-    q, keys, values = (torch.randn(1, heads, past + 40, 64) for heads in (4, 2, 2))
-    mask = torch.ones(40, past + 40, dtype=torch.bool).tril(past)
+    q, keys, values = (torch.randn(1, heads, past + new, 64) for heads in (4, 2, 2))
+    mask = torch.ones(new, past + new, dtype=torch.bool).tril(past)
     whole = F.scaled_dot_product_attention(
         q[:, :, past:], keys, values, attn_mask=mask, enable_gqa=True
     )
-    expected = whole.transpose(1, 2).reshape(40, -1)
+    expected = whole.transpose(1, 2).reshape(new, -1)
     before = (keys[:, :, :past], values[:, :, :past]) if past else None
-    new = (q[:, :, past:], keys[:, :, past:], values[:, :, past:])
-    torch.testing.assert_close(attend_chunk(*new, before), expected)
-    torch.testing.assert_close(attend_masked(*new, before), expected)
+    chunk = (q[:, :, past:], keys[:, :, past:], values[:, :, past:])
+    torch.testing.assert_close(attend_chunk(*chunk, before), expected)
+    torch.testing.assert_close(attend_masked(*chunk, before), expected)
