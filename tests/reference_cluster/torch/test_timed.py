@@ -47,7 +47,7 @@ def test_only_a_torch_engine_runs_here(tmp_path: Path) -> None:
     """A modelled one has nothing to be measured; several ranks are a live cluster's."""
     path = tmp_path / "cluster.toml"
     path.write_text("")
-    with pytest.raises(ConfigError, match='engine.kind is "modelled"'):
+    with pytest.raises(ConfigError, match='is "modelled"; only torch'):
         alone(path, ProbePlan())
     path.write_text(CONFIG + "tensor_parallel = 2\n")
     with pytest.raises(ConfigError, match="probe the live cluster instead"):
