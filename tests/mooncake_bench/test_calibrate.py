@@ -118,7 +118,7 @@ def test_a_run_without_a_servers_stamps_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.live
 def test_a_modelled_endpoint_is_found_to_cost_what_its_profile_says() -> None:
-    """Prefills of 20 to 100 ms and steps of 10 ms; a busy machine adds to them, nothing takes away."""
+    """Prefills of 20 to 100 ms, steps of 10 ms; a busy machine adds to them, none takes away."""
     base: Profile = a_profile(
         prefill={"base_s": 0.02, "token_s": 1e-4}, decode={"base_s": 0.01, "sequence_s": 0.001}
     )
