@@ -128,6 +128,19 @@ def test_a_prompt_waits_for_another_when_its_prefill_worker_hangs(cluster, singl
 
 
 @pytest.mark.parametrize("cluster", ["tcp"], indirect=True)
+def test_a_prompt_is_placed_again_when_its_prefill_worker_is_killed(cluster):
+    """In the midst of the prefill; by the worker that is started instead."""
+    prompt, before = a_prompt(320, 8192), cluster.row("prefill-0")
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(cluster.tokens, prompt)
+        while not cluster.count("prefill-0", "vllm:num_requests_running"):
+            assert not answer.done(), "killed too late to tell anything"
+        os.kill(before["pid"], signal.SIGKILL)
+        assert answer.result() == cluster.tokens(prompt)
+    assert cluster.row("prefill-0")["starts"] == before["starts"] + 1
+
+
+@pytest.mark.parametrize("cluster", ["tcp"], indirect=True)
 def test_a_stream_goes_on_after_its_decode_worker_was_killed(cluster):
     """Its next tokens come from the worker that was started instead."""
     prompt, before = CONTROL[3], cluster.row("decode-0")
