@@ -9,13 +9,17 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$p && break; done)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check test-rdma test-mooncake test-torch test-vllm gate gate-record virtual-time bench clean
+.PHONY: demo test check test-dashboards test-rdma test-mooncake test-torch test-vllm gate gate-record virtual-time bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mooncake-bench demo --out build/demo
 
 test: check gate
 	$(BIN)/python -m pytest
+
+# Every page of the dashboard over a real comparison, in Chromium.
+test-dashboards: $(VENV)/.tested
+	$(BIN)/python -m pytest -m demo tests/dashboards
 
 # RDMA between processes, on this host's device or in a guest that has a soft one.
 test-rdma: $(VENV)/.tested

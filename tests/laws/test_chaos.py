@@ -141,7 +141,7 @@ def ended_as_it_may(request: Request, case: Case) -> None:
     assert (request.reason is None) == (request.status == "finished")
     most = case.config.failure.replacements_max
     assert request.replacements <= most + 1
-    stamps = [at_s for at_s in dataclasses.astuple(request.timeline) if at_s is not None]
+    stamps = [at_s for at_s in dataclasses.astuple(request.timeline)[:9] if at_s is not None]
     assert stamps == sorted(stamps), request.timeline
     if request.status == "rejected":
         assert not sink.tokens_heard, "refused after its first token"

@@ -201,7 +201,7 @@ class Observer:
 
 def obeys_causality(request: Request) -> None:
     """Stamps never decrease in the order of Timeline, and the end is the last."""
-    stamps = [stamp for stamp in dataclasses.astuple(request.timeline) if stamp is not None]
+    stamps = [stamp for stamp in dataclasses.astuple(request.timeline)[:9] if stamp is not None]
     assert stamps == sorted(stamps), request.timeline
     assert request.timeline.finished_s is not None
 

@@ -86,7 +86,7 @@ def test_our_own_cluster_tells_its_timeline_and_samples():
 
     def samples() -> dict:
         now_s = time.perf_counter() + ahead_s
-        row = ["prefill-1", "prefill", 0.5, 1, 2, 3, 4, 5, 6.0]
+        row = ["prefill-1", "prefill", 0.5, 1, 2, 3, 4, 5, 6.0, 7]
         return {"now_s": now_s, "samples": [[ahead_s - 9.0, *row], [now_s, *row]]}
 
     config = {"prefill": 2}
@@ -110,7 +110,7 @@ def test_our_own_cluster_tells_its_timeline_and_samples():
 
 def test_a_replay_shows_the_clusters_samples_while_it_goes_on(tmp_path):
     """Each of them once, whether or not the server leaves out those of before."""
-    row = ["prefill-1", "prefill", 0.5, 1, 2, 3, 4, 5, 6.0]
+    row = ["prefill-1", "prefill", 0.5, 1, 2, 3, 4, 5, 6.0, 7]
     rows = [[10.0, *row], [11.0, *row]]
     controls = MODELS | {
         "/cluster/info": {"system": "disaggregated"},
