@@ -388,7 +388,12 @@ def refusals(frame: pl.DataFrame, run: str, colours: dict[str, str]) -> go.Figur
 
 def _colour_bar(title: str, tick: str) -> dict[str, Any]:
     return {
-        "title": {"text": title, "side": "right", "font": {"color": theme.QUIET, "size": 12}},
+        # An empty line keeps it off the numbers.
+        "title": {
+            "text": f"<br>{title}",
+            "side": "right",
+            "font": {"color": theme.QUIET, "size": 12},
+        },
         "thickness": 10,
         "outlinewidth": 0,
         "tickformat": tick,
