@@ -302,7 +302,7 @@ def refusals_over_time(curves: Sequence[Curve], bin_s: float) -> go.Figure:
             **_PANEL_TITLE,
             xref="x domain" if row == 1 else f"x{row} domain",
             yref="y domain" if row == 1 else f"y{row} domain",
-            text=f"{curve.label}: requests refused a second",
+            text=f"{curve.label} (requests/s)",
             font={"color": curve.colour, "size": 12.5, "weight": 600},
         )
     figure.update_xaxes(rangemode="tozero")
