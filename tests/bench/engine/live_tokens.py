@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 .venvs/torch/bin/python -m tests.bench.engine.live_tokens [--check]
 
 The first 300 requests of Mooncake's conversation trace, lengths a 64th (blocks of 8 tokens), go by
-Locust to a live 2P+2D of tiny engines: every block is verified where it decodes, by its sender's
-checksum. Then one engine alone says what it would have answered to each, the simulator how much of
-the prompts could be reused, and the books how many bytes there were to move. `--check` ends with 1
-where a token or a block differs, the hit ratios are two points apart, or the bytes do not add up.
-Two minutes.
+Locust to a live 2P+2D of tiny engines (--instances 1: 1P+1D): every block is verified where it
+decodes, by its sender's checksum. Then one engine alone says what it would have answered to each,
+the simulator how much of the prompts could be reused, and the books how many bytes there were to
+move. `--check` ends with 1 where a token or a block differs, the hit ratios are two points apart,
+or the bytes do not add up. Two minutes.
 
 The trace is looked for in MOONCAKE_TRACES (default ../shared/traces beside the repository).
 """
@@ -69,11 +69,11 @@ class Lived:
         return float(sum(row.get(count, 0.0) for row in self.workers))
 
 
-def config_of(block_tokens: int, transport: str) -> ClusterConfig:
+def config_of(block_tokens: int, transport: str, instances: int) -> ClusterConfig:
     return msgspec.convert(
         {
-            "prefill_instances": 2,
-            "decode_instances": 2,
+            "prefill_instances": instances,
+            "decode_instances": instances,
             "profile": PROFILE,
             "block_tokens": block_tokens,
             "slo": {"ttft_s": 60.0, "tbt_s": 5.0},
@@ -157,6 +157,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--speed", type=float, default=2.0, help="of the replay")
     parser.add_argument("--transport", default="shm", help="shm or tcp")
+    parser.add_argument("--instances", type=int, default=2, help="of prefill, and of decode")
     options = parser.parse_args()
     try:
         trace = open_trace(str(the_trace()))
@@ -164,7 +165,8 @@ def main() -> int:
         Console(stderr=True).print(str(error), soft_wrap=True)
         return 2
     trace = jitter(scale_lengths(limit(trace, options.requests), DIVISOR), seed=1)
-    config, profile = config_of(trace.block_tokens, options.transport), load_profile(PROFILE)
+    config = config_of(trace.block_tokens, options.transport, options.instances)
+    profile = load_profile(PROFILE)
     with tempfile.TemporaryDirectory(prefix="bench-live-tokens-") as scratch:
         of = lived(config, trace, Path(scratch), options.speed)
         simulated = simulate_trace(
