@@ -15,7 +15,7 @@ from tests.dashboards.browser import expected
 from tests.mooncake_bench.conftest import made_up_run
 
 pytest.importorskip("dash", reason="dash is not installed")
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.dashboards]
 
 
 def test_moving_the_sliders_changes_the_numbers_to_what_metrics_computes(

@@ -20,7 +20,7 @@ from mooncake_bench.slo import Slo
 from tests.dashboards.browser import PAGES, expected
 
 pytest.importorskip("dash", reason="dash is not installed")
-pytestmark = [pytest.mark.browser, pytest.mark.demo]
+pytestmark = [pytest.mark.browser, pytest.mark.dashboards]
 COMPARISONS = {
     "live": "live-2p2d,live-4-colocated",
     "simulated": "simulated-8p8d,simulated-16-colocated",
