@@ -160,3 +160,11 @@ class Served:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.log.close()
+
+
+def wait_until_at_rest(cluster: Served) -> None:
+    """All workers are there, and nobody holds anything: leases have ended, too."""
+    end_s = time.monotonic() + START_S
+    while problems := cluster.problems():
+        assert time.monotonic() < end_s, problems
+        time.sleep(0.2)

@@ -23,14 +23,13 @@ import pytest
 from reference_cluster.config import load_config
 from reference_cluster.engines.vllm.connectors import free_port, make_connector
 from reference_cluster.engines.vllm.server import Address, Server
-from tests.reference_cluster.vllm.served import PROFILE, Served, config_of
+from tests.reference_cluster.vllm.served import PROFILE, Served, config_of, wait_until_at_rest
 from tests.reference_cluster.vllm.workers import (
     BLOCK,
     CONTROL,
     LENGTHS,
     PAYLOAD_BYTES,
     PROMPTS,
-    START_S,
     a_prompt,
 )
 
@@ -116,14 +115,6 @@ def is_listening(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False
-
-
-def wait_until_at_rest(cluster: Served) -> None:
-    """All workers are there, and nobody holds anything: leases have ended, too."""
-    end_s = time.monotonic() + START_S
-    while problems := cluster.problems():
-        assert time.monotonic() < end_s, problems
-        time.sleep(0.2)
 
 
 def tokens_by_source(cluster: Served) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -13,13 +12,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.reference_cluster.vllm.served import PROFILE, Served, config_of
+from tests.reference_cluster.vllm.served import PROFILE, Served, config_of, wait_until_at_rest
 from tests.reference_cluster.vllm.workers import (
     BLOCK,
     CONTROL,
     LENGTHS,
     PROMPTS,
-    START_S,
     a_prompt,
 )
 
@@ -44,14 +42,6 @@ def cluster(
         yield served.wait()
     finally:
         served.close()
-
-
-def wait_until_at_rest(cluster: Served) -> None:
-    """All workers are there, and nobody holds anything."""
-    end_s = time.monotonic() + START_S
-    while problems := cluster.problems():
-        assert time.monotonic() < end_s, problems
-        time.sleep(0.2)
 
 
 @pytest.fixture(autouse=True)
